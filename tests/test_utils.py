@@ -1,0 +1,224 @@
+"""utils.py: errors of one line, files that are whole or not there, shared flags, signals."""
+
+import argparse
+import os
+import signal
+
+import pytest
+
+from utils import (
+    Parser,
+    Stopped,
+    UserError,
+    at_least,
+    data_flags,
+    device_flags,
+    positive,
+    run_script,
+    stop_signals,
+    typed_flags,
+    whole_file,
+)
+
+
+def example_parser():
+    parser = Parser(prog="example", parents=[data_flags(), device_flags()])
+    parser.add_argument("--mode", nargs="+", default=["all"])
+    parser.add_argument("--check", action="store_true")
+    return parser
+
+
+# --- run_script
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (1, 1), (143, 143)])
+def test_a_script_exits_with_what_main_returns(returned, status):
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda args: args.returned, argparse.Namespace(returned=returned))
+    assert (stop.value.code or 0) == status
+
+
+def test_a_user_error_is_one_line_and_status_2(monkeypatch, capsys):
+    def main(args):
+        raise UserError("--batch-size 9: there are only 4 training identities")
+
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(main, argparse.Namespace())
+    assert stop.value.code == 2
+    assert (
+        capsys.readouterr().err == "train.py: error: --batch-size 9: there are only 4 training identities\n"
+    )
+
+
+def test_ctrl_c_is_status_130_without_a_traceback(capsys):
+    def main(args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_script(main, argparse.Namespace())
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_other_errors_keep_their_traceback():
+    def main(args):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_script(main, argparse.Namespace())
+
+
+# --- whole_file
+
+
+def test_whole_file_appears_under_its_name_alone(tmp_path):
+    path = tmp_path / "new" / "folder" / "table.json"
+    with whole_file(path) as temporary:
+        assert temporary.parent == path.parent
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert os.listdir(path.parent) == ["table.json"]
+
+
+@pytest.mark.parametrize("former", ["the former", None])
+def test_an_exception_inside_keeps_the_former_file_and_leaves_nothing(tmp_path, former):
+    path = tmp_path / "table.json"
+    if former:
+        path.write_text(former)
+
+    def write_half():
+        with whole_file(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt  # which is no Exception
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert {name: (tmp_path / name).read_text() for name in os.listdir(tmp_path)} == (
+        {"table.json": former} if former else {}
+    )
+
+
+def test_a_disk_error_inside_is_told_as_the_files(tmp_path):
+    path = tmp_path / "table.json"
+    told = pytest.raises(UserError, match=r"cannot write .*table\.json: No space left on device$")
+    with told, whole_file(path):
+        raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    told = pytest.raises(UserError, match=r"^cannot write .*file/table\.json: File exists$")
+    with told, whole_file(tmp_path / "file" / "table.json"):
+        pytest.fail("there is nothing to write to")
+
+
+def test_a_folder_in_the_files_place_is_told(tmp_path):
+    (tmp_path / "table.json").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*table\.json: "), whole_file(tmp_path / "table.json"):
+        pass
+    assert os.listdir(tmp_path) == ["table.json"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_permissions_follow_the_umask(tmp_path, umask, mode):
+    former = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "table.json"):
+            pass
+        assert os.umask(umask) == umask  # finding it out has not changed it
+    finally:
+        os.umask(former)
+    assert (tmp_path / "table.json").stat().st_mode & 0o777 == mode
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_raised_where_stopping_is_safe(signum):
+    with stop_signals() as check_stop:
+        check_stop()  # nothing has come yet
+        os.kill(os.getpid(), signum)
+        with pytest.raises(Stopped, match=signal.Signals(signum).name) as stop:
+            check_stop()
+    assert stop.value.signum == signum
+
+
+def test_the_second_signal_takes_its_ordinary_effect_and_the_handlers_come_back():
+    both = signal.SIGTERM, signal.SIGINT
+    former = [signal.getsignal(number) for number in both]
+    with stop_signals():
+        assert not {signal.SIG_DFL, *former} & {signal.getsignal(number) for number in both}
+        os.kill(os.getpid(), signal.SIGINT)
+        assert [signal.getsignal(number) for number in both] == [signal.SIG_DFL] * 2
+    assert [signal.getsignal(number) for number in both] == former
+
+
+# --- command lines
+
+
+@pytest.mark.parametrize("words", [["--img_h", "64", "--img_w=32"], ["--img-h=64", "--img-w", "32"]])
+def test_underscores_in_the_names_of_flags_are_hyphens(words):
+    args = example_parser().parse_args(words)
+    assert (args.img_h, args.img_w) == (64, 32)
+
+
+def test_underscores_in_values_stay():
+    args = example_parser().parse_args(["--data_path=my_data/--img_h", "--mode", "in_door", "a__ll"])
+    assert (args.data_path, args.mode) == ("my_data/--img_h", ["in_door", "a__ll"])
+
+
+def test_the_words_come_from_the_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["example", "--data_path", "my_data"])
+    assert example_parser().parse_args().data_path == "my_data"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--img-h", "7"], "--img-h: must be at least 8, not 7"),
+        (["--img-h", "tall"], "--img-h: invalid integer value: 'tall'"),
+        (["--gpu", "-2"], "--gpu: must be at least -1, not -2"),
+        (["--amp", "fp8"], "--amp: invalid choice: 'fp8'"),
+        (["--data-pa", "DIR"], "unrecognized arguments: --data-pa"),  # no abbreviations
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--mode"], "--mode: expected at least one argument"),
+    ],
+)
+def test_errors_are_one_line_with_status_2(words, told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        example_parser().parse_args(words)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("example: error: ")
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_at_least():
+    assert at_least(1)("1") == 1
+    for text in ("0", "-3"):
+        with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+            at_least(1)(text)
+    with pytest.raises(ValueError, match=r"1\.5"):
+        at_least(1)("1.5")
+
+
+def test_positive():
+    assert positive("3.5e-4") == 0.00035
+    for text in ("0", "-1", "inf", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError, match=text):
+            positive(text)
+    with pytest.raises(ValueError, match="fast"):
+        positive("fast")
+
+
+def test_typed_flags_are_what_was_typed_even_if_it_is_the_default():
+    parser = example_parser()
+    assert typed_flags(parser, []) == {}
+    words = ["--gpu", "0", "--img_h", "64", "--mode", "all", "--check"]
+    assert typed_flags(parser, words) == {"gpu": 0, "img_h": 64, "mode": ["all"], "check": True}
+    assert parser.parse_args([]).gpu == 0  # and the parser is as it was

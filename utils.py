@@ -1,0 +1,182 @@
+"""What every script needs and no file owns: errors, whole files, shared flags, signals, the log; no torch."""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+log = logging.getLogger("mce")
+
+MODALITIES = ("visible", "infrared", "aux")  # the order of a batch's rows in memory and loss
+
+
+class UserError(Exception):
+    """Bad input: one line that names the file or the flag; a script prints it and exits with status 2."""
+
+
+def run_script(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> None:
+    """Run main(args), then exit: 0 or what it returned; 2 after a UserError, in one line; 130 at Ctrl-C."""
+    try:
+        sys.exit(main(args))
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary name beside path; on success flush it to disk and rename it, else remove it.
+
+    So path is always either its former self or the whole new file. An OSError (a full disk, a folder that
+    cannot be written) becomes a UserError that names path.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would shut colleagues out
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+# Signals
+
+
+class Stopped(Exception):
+    """The run was asked to stop, by SIGTERM or Ctrl-C; signum says which."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], None]]:
+    """Yield a function that raises Stopped once SIGTERM or SIGINT has come: call it where stopping is safe.
+
+    The second signal takes its ordinary effect, at once.
+    """
+    received = []
+
+    def note(signum: int, _: object) -> None:
+        received.append(signum)
+        for number in former:
+            signal.signal(number, signal.SIG_DFL)
+
+    def check() -> None:
+        if received:
+            raise Stopped(received[0])
+
+    former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield check
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+# Command lines
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with --img_h understood as --img-h, no abbreviations, and errors of one line."""
+
+    def __init__(self, **kwargs: object):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, with the underscores of flags' names made hyphens."""
+        words = sys.argv[1:] if args is None else args
+        names = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
+        words = [name.replace("_", "-") + equals + value for name, equals, value in names]
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> None:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse type: an integer that is at least minimum."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
+        return value
+
+    parse.__name__ = "integer"  # argparse names the type in its own message
+    return parse
+
+
+def positive(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
+    return value
+
+
+def data_flags() -> Parser:
+    """Flags of every script that reads a dataset."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", metavar="DIR", help="the dataset's folder (data/<dataset>)")
+    sizes = "384 SYSU-MM01 and LLCM, 288 RegDB", "128 SYSU-MM01, 144 RegDB and LLCM"
+    group.add_argument("--img-h", type=at_least(8), metavar="PIXELS", help=f"image height ({sizes[0]})")
+    group.add_argument("--img-w", type=at_least(8), metavar="PIXELS", help=f"image width ({sizes[1]})")
+    return parser
+
+
+def device_flags() -> Parser:
+    """Flags of every script that runs the network."""
+    parser = Parser(add_help=False)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--gpu", type=at_least(-1), default=0, metavar="INDEX", help="GPU; -1: the CPU (0)")
+    workers = min(8, os.cpu_count() or 1)
+    group.add_argument(
+        "--workers",
+        type=at_least(1),
+        default=workers,
+        metavar="N",
+        help=f"threads that decode images ({workers})",
+    )
+    group.add_argument(
+        "--amp",
+        choices=("auto", "bf16", "fp16", "off"),
+        default="auto",
+        help="precision of the network; auto: the fastest native one; off: float32 (auto)",
+    )
+    group.add_argument(
+        "--test-batch", "--test-batch-size", type=at_least(1),
+        default=64, metavar="IMAGES", help="batch of evaluation and memory building (64)",
+    )  # fmt: skip
+    return parser
+
+
+def typed_flags(parser: Parser, argv: list[str] | None = None) -> dict[str, object]:
+    """What the user typed, and no defaults: {dest: value}."""
+    untouched = object()
+    blank = argparse.Namespace(**{action.dest: untouched for action in parser._actions})
+    return {
+        key: value for key, value in vars(parser.parse_args(argv, blank)).items() if value is not untouched
+    }
