@@ -1,0 +1,81 @@
+"""Checkpoints and weights on disk: read without ever running code, written whole or not at all."""
+
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import UserError, whole_file
+
+
+def numpy_globals() -> list:
+    """What pickled NumPy numbers and arrays name, under NumPy 1's and 2's module names: data, no code."""
+    core = np._core if hasattr(np, "_core") else np.core
+    found = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
+    for function in (core.multiarray.scalar, core.multiarray._reconstruct):
+        found += [
+            (function, f"numpy.{module}.multiarray.{function.__name__}") for module in ("core", "_core")
+        ]
+    return found
+
+
+def read_torch_file(path: str | os.PathLike) -> object:
+    """What torch.save wrote at path, on the CPU: tensors, NumPy values and plain Python data, never code.
+
+    Raises UserError naming path if there is no file, it would run code (it runs nothing), or it is broken.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file at {path}")
+    try:
+        with torch.serialization.safe_globals(numpy_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler meets in a broken file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that one: a zip file cut short
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        holds_code = "unsupported global" in str(error).lower()
+        reason = (
+            "it asks to run code, which is never done"
+            if holds_code
+            else "it is not a whole file of torch.save's"
+        )
+        raise UserError(f"{path} is refused: {reason}") from error
+
+
+def is_state_dict(value: object) -> bool:
+    """Whether value maps names to tensors."""
+    return (
+        isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values()) and bool(value)
+    )
+
+
+def load_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """A state dict from a file, bare or under `state_dict` or `model`; else UserError naming path."""
+    weights = read_torch_file(path)
+    if isinstance(weights, dict):
+        weights = weights.get("state_dict", weights.get("model", weights))
+    if not is_state_dict(weights):
+        raise UserError(f"{path} holds no state dict")
+    return weights
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict:
+    """A checkpoint, this project's or the released code's: a dict with the network's weights under `net`.
+
+    Raises UserError naming path if it is missing, refused (see read_torch_file) or no checkpoint.
+    """
+    checkpoint = read_torch_file(path)
+    if not isinstance(checkpoint, dict) or not is_state_dict(checkpoint.get("net")):
+        raise UserError(f"{path} is not a checkpoint: it has no `net` with the weights of a network")
+    return checkpoint
+
+
+def save_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
+    """Write a checkpoint whole or not at all: path keeps its former content until the new file is on disk."""
+    with whole_file(path) as temporary:
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # torch's zip writer reports a full disk so, not as an OSError
+            raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from error

@@ -1,0 +1,106 @@
+"""Devices, precision, seeds, and the processes that torchrun starts."""
+
+import os
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import UserError, log
+
+
+def select_device(gpu: int) -> torch.device:
+    """The device that --gpu names: an index; the CPU for -1 and where there is no GPU (a line says so)."""
+    count = torch.cuda.device_count()
+    if gpu >= 0 and count:
+        if gpu >= count:
+            raise UserError(f"--gpu {gpu}: this machine's GPUs are 0 to {count - 1}")
+        torch.cuda.set_device(gpu)
+        return torch.device("cuda", gpu)
+    log.info("running on the CPU (%s)", "--gpu -1" if gpu < 0 else "torch sees no GPU here")
+    return torch.device("cpu")
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """What --amp means on device, None for float32: `auto` is the fastest that the device does natively.
+
+    `off` means all of float32: on GPUs it turns off TF32 too, which cuDNN would use for convolutions.
+    """
+    torch.backends.cudnn.allow_tf32 = amp != "off"
+    if amp == "auto":
+        if device.type == "cuda":
+            if torch.cuda.get_device_capability(device) >= (8, 0):
+                return torch.bfloat16
+            return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else None
+        return torch.bfloat16 if cpu_has_bfloat16() else None
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 needs a GPU; on the CPU it is auto, bf16 or off")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX), as Linux tells."""
+    try:
+        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    except OSError:
+        return False
+
+
+class Processes:
+    """This process among those that torchrun started: rank, world_size and the collectives of a run.
+
+    Alone (world_size 1) every collective is the identity, so that callers have one path.
+    """
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+
+    def start(self, device: torch.device) -> None:
+        """Join the other processes, over NCCL on GPUs and gloo on the CPU; again is no harm."""
+        if self.world_size > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def stop(self) -> None:
+        """Leave the other processes."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of every process's tensor, in place."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every process's tensor (n, ...), stacked in the order of ranks: (world_size, n, ...)."""
+        if self.world_size == 1:
+            return tensor[None]
+        everyone = tensor.new_empty(self.world_size, *tensor.shape)
+        torch.distributed.all_gather(list(everyone), tensor.contiguous())
+        return everyone
+
+    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give every process the first one's tensors, in place."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, 0)
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed Python, NumPy and torch; deterministic: only algorithms whose results do not vary between runs."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not deterministic

@@ -1,0 +1,230 @@
+"""checkpoints.py: files of strangers are read without running them, ours are whole or not at all."""
+
+import collections
+import io
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoints import load_checkpoint, load_weights, read_torch_file, save_checkpoint
+from utils import UserError
+
+NET = {"conv1.weight": torch.arange(6.0).reshape(2, 3), "bn1.num_batches_tracked": torch.tensor(3)}
+
+
+class Command:
+    """What unpickling it ordinarily runs: a command that makes a file."""
+
+    def __init__(self, function, *args):
+        self.function, self.args = function, args
+
+    def __reduce__(self):
+        return self.function, self.args
+
+
+def same(a, b):
+    """Whether what was read is what was written, with its types."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor | np.ndarray | np.generic):
+        return type(a) is type(b) and a.dtype == b.dtype and a.shape == b.shape and bool((a == b).all())
+    return type(a) is type(b) and a == b
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", ["os.system", "open", "eval", "a class of its own"])
+def test_code_is_refused_and_does_not_run(kind, legacy, tmp_path):
+    trace, path = tmp_path / "it ran", tmp_path / "evil.t"
+    value = {
+        "os.system": Command(os.system, f"touch '{trace}'"),
+        "open": Command(open, str(trace), "w"),
+        "eval": Command(eval, f"open({str(trace)!r}, 'w')"),
+        "a class of its own": collections.UserDict(a=1),
+    }[kind]
+    torch.save({"net": NET, "cmc": value}, path, _use_new_zipfile_serialization=not legacy)
+    assert zipfile.is_zipfile(path) is not legacy
+    with pytest.raises(UserError, match=r"evil\.t is refused: it asks to run code, which is never done$"):
+        load_checkpoint(path)
+    assert not trace.exists()
+    if kind != "a class of its own":  # the attack is real: the ordinary unpickler runs it
+        torch.load(path, weights_only=False)
+        assert trace.exists()
+
+
+def test_a_bare_pickle_that_runs_code_is_refused(tmp_path):
+    trace, path = tmp_path / "it ran", tmp_path / "evil.t"
+    path.write_bytes(pickle.dumps(Command(os.system, f"touch '{trace}'"), protocol=2))
+    with pytest.raises(UserError, match=r"evil\.t is refused"):
+        read_torch_file(path)
+    assert not trace.exists()
+
+
+def whole_checkpoint():
+    buffer = io.BytesIO()
+    torch.save({"net": {"w": torch.zeros(4000)}}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0",
+        b"epoch,loss\n1,0.5\n",
+        np.random.default_rng(0).bytes(4096),
+        b"PK\x03\x04" + np.random.default_rng(1).bytes(4096),
+        b"\x80\x02" + np.random.default_rng(2).bytes(4096),
+        whole_checkpoint()[:-1000],
+        whole_checkpoint()[:300],
+    ],
+    ids=["empty", "zero", "text", "noise", "noise-zip", "noise-pickle", "cut-zip", "cut-early"],
+)
+def test_broken_files_are_refused_in_one_line(content, tmp_path):
+    path = tmp_path / "broken.t"
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"broken\.t is refused: it is not a whole file of torch\.save's$"
+    ) as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    save_checkpoint({"net": NET}, tmp_path / "run.t")
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(UserError, match=r"^cannot read .*run\.t: Permission denied$"):
+        load_checkpoint(tmp_path / "run.t")
+
+
+@pytest.mark.parametrize("name", ["missing.t", "folder"])
+def test_what_is_no_file_is_told(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=rf"^no file at .*{name}$"):
+        load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        NET,
+        {"net": {}},
+        {"net": None},
+        {"net": {"w": 1.0}},
+        {"state_dict": NET},
+        [NET],
+        torch.zeros(3),
+        {"net": NET["conv1.weight"]},
+    ],
+)
+def test_what_is_no_checkpoint_is_told(content, tmp_path):
+    torch.save(content, tmp_path / "other.t")
+    with pytest.raises(UserError, match=r"other\.t is not a checkpoint: it has no `net`"):
+        load_checkpoint(tmp_path / "other.t")
+
+
+# --- what is read
+
+
+NUMBERS = {
+    "cmc": np.linspace(0, 1, 20, dtype=np.float32),
+    "mAP": np.float64(0.5),
+    "mINP": np.float32(0.25),
+    "epoch": np.int64(42),
+    "flag": np.bool_(True),
+    "half": np.arange(4, dtype=np.float16).reshape(2, 2),
+    "labels": np.array([[3, 1], [2, 0]], order="F"),
+    "pixels": np.arange(6, dtype=np.uint8),
+    "args": {"dataset": "sysu", "decay_epochs": [20, 40], "lr": 3.5e-4, "resume": None, "size": (384, 128)},
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_numpy_values_are_read(legacy, tmp_path):
+    checkpoint = {"net": NET} | NUMBERS
+    path = tmp_path / "run.t"
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=not legacy)
+    assert same(checkpoint, load_checkpoint(path))
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_numpy_values_are_read_by_the_names_of_both_numpys(module, tmp_path):
+    here = (b"numpy._core" if hasattr(np, "_core") else b"numpy.core") + b".multiarray"
+    buffer = io.BytesIO()
+    torch.save({"net": NET} | NUMBERS, buffer)
+    path = tmp_path / "other_numpy.t"
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w") as target:
+        for name in source.namelist():
+            content = source.read(name)
+            if name.endswith("data.pkl"):
+                assert content.count(b"c" + here + b"\n") == 2  # scalar and _reconstruct, as text
+                content = content.replace(b"c" + here + b"\n", b"c" + module + b"\n")
+            target.writestr(name, content)
+    assert same({"net": NET} | NUMBERS, load_checkpoint(path))
+
+
+def test_reading_allows_nothing_to_others(tmp_path):
+    torch.save({"net": NET} | NUMBERS, tmp_path / "run.t")
+    before = set(torch.serialization.get_safe_globals())
+    load_checkpoint(tmp_path / "run.t")
+    assert set(torch.serialization.get_safe_globals()) == before
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda net: net, lambda net: {"state_dict": net}, lambda net: {"model": net}]
+)
+def test_weights_are_read_bare_or_wrapped(wrap, tmp_path):
+    torch.save(wrap(NET), tmp_path / "weights.pth")
+    assert same(NET, load_weights(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [1], {"state_dict": {"epoch": 3}}, {"w": NET["conv1.weight"], "epoch": 3}]
+)
+def test_weights_that_are_none_are_told(content, tmp_path):
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"weights\.pth holds no state dict$"):
+        load_weights(tmp_path / "weights.pth")
+
+
+# --- what is written
+
+
+def test_a_checkpoint_comes_back_and_needs_no_trust(tmp_path):
+    path = tmp_path / "save_model" / "run_last.t"
+    checkpoint = {"net": NET, "epoch": 3, "best": None, "args": NUMBERS["args"]}
+    save_checkpoint(checkpoint, path)
+    assert same(checkpoint, torch.load(path, weights_only=True))
+    assert os.listdir(path.parent) == ["run_last.t"]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("unexpected pos 64 vs 0\nmore"), r"unexpected pos 64 vs 0 \(is the disk full\?\)"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_a_disk_that_fills_up_costs_nothing(error, told, tmp_path, monkeypatch):
+    path = tmp_path / "run_last.t"
+    save_checkpoint({"net": NET, "epoch": 1}, path)
+
+    def fail_midway(checkpoint, file):
+        file.write_bytes(b"half of it")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail_midway)
+        with pytest.raises(UserError, match=rf"^cannot write .*run_last\.t: {told}$"):
+            save_checkpoint({"net": NET, "epoch": 2}, path)
+    assert load_checkpoint(path)["epoch"] == 1
+    assert os.listdir(tmp_path) == ["run_last.t"]

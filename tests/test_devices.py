@@ -1,0 +1,170 @@
+"""devices.py: devices, precision, seeds, and two processes over gloo."""
+
+import logging
+import os
+import random
+import socket
+
+import numpy as np
+import pytest
+import torch
+
+import devices
+from devices import Processes, autocast_dtype, seed_everything, select_device
+from utils import UserError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("gpu", "reason"), [(-1, "--gpu -1"), (0, "torch sees no GPU here")])
+def test_the_cpu_is_taken_with_a_line_that_says_why(gpu, reason, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4 if gpu < 0 else 0)
+    monkeypatch.setattr(logging.getLogger("mce"), "propagate", True)
+    with caplog.at_level(logging.INFO, "mce"):
+        assert select_device(gpu) == CPU
+    assert [record.getMessage() for record in caplog.records] == [f"running on the CPU ({reason})"]
+
+
+def test_gpus_go_by_their_index(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert select_device(1) == torch.device("cuda", 1)
+    assert chosen == [1]
+    with pytest.raises(UserError, match=r"^--gpu 2: this machine's GPUs are 0 to 1$"):
+        select_device(2)
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "expected"),
+    [
+        ("off", CPU, None),
+        ("bf16", CPU, torch.bfloat16),
+        ("off", GPU, None),
+        ("bf16", GPU, torch.bfloat16),
+        ("fp16", GPU, torch.float16),
+    ],
+)
+def test_amp_as_asked_for(amp, device, expected):
+    assert autocast_dtype(amp, device) == expected
+
+
+def test_float16_on_the_cpu_is_refused():
+    with pytest.raises(UserError, match=r"^--amp fp16 needs a GPU"):
+        autocast_dtype("fp16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((6, 1), None), ((7, 0), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+)
+def test_amp_auto_on_a_gpu_is_what_it_does_natively(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert autocast_dtype("auto", GPU) == expected
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, None)])
+def test_amp_auto_on_the_cpu(native, expected, monkeypatch):
+    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: native)
+    assert autocast_dtype("auto", CPU) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("flags : sse avx512f avx512_bf16", True), ("flags : amx_bf16", True), ("flags : avx512f", False)],
+)
+def test_the_cpus_flags_tell_of_bfloat16(text, expected, monkeypatch):
+    monkeypatch.setattr(devices.Path, "read_text", lambda self: text)
+    assert devices.cpu_has_bfloat16() is expected
+
+
+def test_a_machine_that_tells_nothing_has_no_bfloat16(monkeypatch):
+    def refuse(self):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(devices.Path, "read_text", refuse)
+    assert devices.cpu_has_bfloat16() is False
+
+
+def test_alone_every_collective_is_the_identity(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    processes, tensor = Processes(), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert (processes.rank, processes.world_size, processes.local_rank) == (0, 1, 0)
+    processes.start(CPU)
+    assert not torch.distributed.is_initialized()
+    assert processes.sum(tensor) is tensor
+    assert processes.gather(tensor).shape == (1, 2, 2)
+    assert torch.equal(processes.gather(tensor)[0], tensor)
+    processes.share([tensor])
+    processes.wait()
+    processes.stop()
+    assert tensor.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+def collect(rank, rendezvous, folder):
+    """One of two processes, as torchrun would have started it, which writes down what it got."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=rendezvous)
+    torch.set_num_threads(1)
+    processes = Processes()
+    processes.start(CPU)
+    processes.start(CPU)  # as the second of several runs does
+    tensor = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]) * 10**rank
+    gathered = processes.gather(tensor.T)  # not contiguous
+    labels = processes.gather(torch.tensor([rank, 7]))
+    total = processes.sum(tensor.clone())
+    shared = [torch.full((2,), float(rank)), torch.tensor(rank + 5)]
+    processes.share(shared)
+    processes.wait()
+    processes.stop()
+    assert not torch.distributed.is_initialized()
+    torch.save([gathered, labels, total, shared], f"{folder}/{rank}.pt")
+
+
+def test_two_processes_gather_in_the_order_of_ranks_sum_and_share(tmp_path, free_port):
+    torch.multiprocessing.spawn(collect, (free_port, str(tmp_path)), nprocs=2)
+    one = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    for rank in (0, 1):
+        gathered, labels, total, shared = torch.load(tmp_path / f"{rank}.pt")
+        assert torch.equal(gathered, torch.stack([one.T, 10 * one.T]))
+        assert torch.equal(labels, torch.tensor([[0, 7], [1, 7]]))
+        assert torch.equal(total, 11 * one)
+        assert [tensor.tolist() for tensor in shared] == [[0.0, 0.0], 5]
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+def test_seeds_repeat_every_draw():
+    seed_everything(3)
+    first = draws()
+    assert draws() != first
+    seed_everything(3)
+    assert draws() == first
+    seed_everything(4)
+    assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+def test_deterministic_algorithms_only_when_asked_for(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")  # and gone again after the test, whatever is set in it
+    try:
+        seed_everything(0)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.benchmark
+        seed_everything(0, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
