@@ -1,0 +1,216 @@
+"""Augmentation of batches of uint8 images on their device, each image with its own draws.
+
+docs/method.md, section 3 (Cheng et al., AAAI 2023). The draws are made on the CPU for every device, so that a
+CPU and a GPU augment alike.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)  # ImageNet's, of pixels in [0, 1]
+STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+ERASE_FILL = np.array([0.4914, 0.4822, 0.4465], dtype=np.float32)  # of normalised pixels
+GREY = (0.2989, 0.5870, 0.1140)  # of normalised pixels
+PAD = 10  # pixels on each side
+ERASE_PROBABILITY = 0.5
+ERASE_AREA = (0.02, 0.4)  # of the image
+ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
+ERASE_TRIES = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What chance decides for n images (docs/method.md, section 3)."""
+
+    pad_value: int
+    top: np.ndarray  # (n,) row at which the crop starts in the padded image, 0..2 PAD
+    left: np.ndarray  # (n,) column, likewise
+    flip: np.ndarray  # (n,) bool, of the crop
+    erase: np.ndarray  # (n, 4) top, bottom, left, right; bottom and right are outside; all 0: nothing
+    channel: np.ndarray  # (n,) the channel that all channels become; -1: each stays
+    grey: np.ndarray  # (n,) bool, channels mixed
+
+
+def draw_augmentation(
+    rng: np.random.Generator, n: int, height: int, width: int, modality: str, recipe: str
+) -> Draws:
+    """Draw the augmentation of n images by a recipe, "sysu" or "regdb".
+
+    RegDB flips some images before padding them and others after cropping. Both are the same: flipping first
+    turns the crop's column c into 2 PAD - c, and both are uniform. So a drawn flip always follows the crop.
+    """
+    channel = np.full(n, -1)
+    grey = np.zeros(n, dtype=bool)
+    if modality == "aux":
+        channel = rng.integers(3, size=n)
+    elif modality == "infrared" and recipe == "sysu":
+        k = rng.integers(4, size=n)
+        channel = np.where(k < 3, k, -1)
+        grey = (k == 3) & (rng.random(n) < 0.5)
+    return Draws(
+        pad_value=127 if recipe == "regdb" and modality != "aux" else 0,
+        top=rng.integers(2 * PAD + 1, size=n),
+        left=rng.integers(2 * PAD + 1, size=n),
+        flip=rng.random(n) < 0.5,
+        erase=_draw_rectangles(rng, n, height, width),
+        channel=channel,
+        grey=grey,
+    )
+
+
+def _draw_rectangles(rng: np.random.Generator, n: int, height: int, width: int) -> np.ndarray:
+    """(n, 4) top, bottom, left, right; all 0 where nothing is erased or, in ERASE_TRIES, nothing fits."""
+    area = rng.uniform(*ERASE_AREA, size=(n, ERASE_TRIES)) * (height * width)
+    aspect = rng.uniform(*ERASE_ASPECT, size=(n, ERASE_TRIES))
+    heights = np.sqrt(area * aspect).round().astype(np.int64)
+    widths = np.sqrt(area / aspect).round().astype(np.int64)
+    fits = (heights < height) & (widths < width)
+    first = np.arange(n), fits.argmax(axis=1)
+    heights, widths = heights[first], widths[first]
+    erased = (rng.random(n) < ERASE_PROBABILITY) & fits[first]
+    top = rng.integers(np.maximum(height - heights, 0) + 1)
+    left = rng.integers(np.maximum(width - widths, 0) + 1)
+    return np.stack([top, top + heights, left, left + widths], axis=1) * erased[:, None]
+
+
+def pinned(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A tensor on the host; for a GPU, in memory that it can fetch from without the host waiting."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return pinned(array, device).to(device, non_blocking=True)
+
+
+def _constants(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 3) the channel that each channel comes from, and (n, 3, 3) its scale, bias and erase fill.
+
+    Normalising is pixel * scale + bias. It comes before the channel exchange, so its constants are those of
+    the source channel.
+    """
+    source = np.where(channel[:, None] < 0, np.arange(3), channel[:, None])
+    scale = 1 / (255 * STD)
+    return source, np.stack([scale, -MEAN / STD, ERASE_FILL])[:, source].transpose(1, 0, 2)
+
+
+def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Augment images (n, H, W, 3) uint8 into (n, 3, H, W) float32, channels_last, on the same device.
+
+    A GPU takes the batch in a few kernels. A CPU takes it image by image, each staying in its caches, with
+    torch's number of threads: about three times as fast as the same kernels there.
+    """
+    if images.device.type != "cpu":
+        return augment_batch(images, draws)
+    pixels, out = images.numpy(), np.empty(images.shape, dtype=np.float32)
+    threads = torch.get_num_threads()
+
+    def share(thread: int) -> None:
+        for k in range(thread, len(pixels), threads):
+            _augment_image(pixels[k], draws, k, out[k])
+
+    with ThreadPoolExecutor(threads) as pool:  # NumPy copies and calculates without the interpreter's lock
+        list(pool.map(share, range(threads)))
+    return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+
+def _augment_image(image: np.ndarray, draws: Draws, k: int, out: np.ndarray) -> None:
+    """Augment image (H, W, 3) uint8 with the k-th of the draws into out (H, W, 3) float32."""
+    height, width, _ = image.shape
+    rows, image_rows = _overlap(draws.top[k] - PAD, height)
+    columns, image_columns = _overlap(draws.left[k] - PAD, width)
+    top, bottom, left, right = draws.erase[k]
+    channel = draws.channel[k]
+    if channel >= 0:  # one plane through everything, then three copies of it
+        image, values = image[..., channel, None], np.empty((height, width, 1), dtype=np.float32)
+    else:
+        channel, values = slice(None), out
+    depth = values.shape[2]
+
+    values.fill(draws.pad_value)
+    crop = values[:, ::-1] if draws.flip[k] else values
+    for part in range(depth) if draws.flip[k] else (slice(None),):  # flipping planes is fast
+        crop[rows, columns, part] = image[image_rows, image_columns, part]
+    lines = values.reshape(height, width * depth)  # long rows: NumPy is slow along an axis of 3
+    lines *= np.resize(1 / (255 * STD[channel]), width * depth)
+    lines -= np.resize(MEAN[channel] / STD[channel], width * depth)
+    values[top:bottom, left:right] = ERASE_FILL[channel]
+
+    if depth == 1:
+        for part in range(3):
+            out[..., part] = values[..., 0]
+    elif draws.grey[k]:
+        out[...] = (GREY[0] * out[..., 0] + GREY[1] * out[..., 1] + GREY[2] * out[..., 2])[..., None]
+
+
+def _overlap(shift: int, size: int) -> tuple[slice, slice]:
+    """Where a crop that starts at shift, of the image's size, meets the image: in the crop, in the image."""
+    meets = max(size - abs(shift), 0)
+    crop, image = max(-shift, 0), max(shift, 0)
+    return slice(crop, crop + meets), slice(image, image + meets)
+
+
+def augment_batch(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """What augment does, in a few kernels for the whole batch, on any device.
+
+    Works on rows of bytes, (H, W * 3): one gather pads, crops, flips and exchanges channels; then one
+    multiplication and addition normalises and erases: an erased pixel has the scale 0 and the fill as bias.
+    """
+    n, height, width, _ = images.shape
+    device = images.device
+    source, constants = _constants(draws.channel)
+    integers = np.column_stack([draws.top, draws.left, draws.flip, draws.erase, source])
+    table = _upload(np.column_stack([integers, constants.reshape(n, 9)]).astype(np.float32), device)
+    top, left, flip, erase_top, erase_bottom, erase_left, erase_right = table[:, :7].long().T[..., None]
+    source = table[:, None, 7:10].long()
+    scale, bias, fill = table[:, 10:].view(n, 3, 1, 3).unbind(1)  # each (n, 1, 3)
+    image = torch.arange(n, device=device)[:, None]
+    y = torch.arange(height, device=device)
+    x = torch.arange(width, device=device)
+
+    padded = F.pad(images, (0, 0, PAD, PAD, PAD, PAD), value=draws.pad_value)
+    rows = image * (height + 2 * PAD) + top + y  # (n, H)
+    pixels = padded.view(-1, (width + 2 * PAD) * 3).index_select(0, rows.view(-1)).view(n, height, -1)
+    columns = left + torch.where(flip > 0, width - 1 - x, x)  # (n, W)
+    columns = (columns[..., None] * 3 + source).view(n, 1, width * 3)
+    pixels = pixels.gather(2, columns.expand(n, height, width * 3)).float()
+
+    # Two rows of constants for each image: for rows that pass the erased rectangle, and that cross it.
+    erased = ((x >= erase_left) & (x < erase_right))[..., None]  # (n, W, 1)
+    scales = torch.stack([scale.expand(n, width, 3), torch.where(erased, 0, scale)], dim=1)
+    biases = torch.stack([bias.expand(n, width, 3), torch.where(erased, fill, bias)], dim=1)
+    which = (2 * image + ((y >= erase_top) & (y < erase_bottom))).view(-1)  # (n * H,)
+    out = biases.view(2 * n, -1).index_select(0, which)
+    out.addcmul_(pixels.view(n * height, -1), scales.view(2 * n, -1).index_select(0, which))
+    out = out.view(n, height, width, 3)
+
+    if draws.grey.any():
+        mixed = _upload(np.flatnonzero(draws.grey), device)
+        red, green, blue = out.index_select(0, mixed).unbind(3)
+        grey = GREY[0] * red + GREY[1] * green + GREY[2] * blue
+        out.index_copy_(0, mixed, grey[..., None].expand(-1, -1, -1, 3))
+    return out.permute(0, 3, 1, 2)
+
+
+def normalize(images: torch.Tensor, channel: np.ndarray | None = None) -> torch.Tensor:
+    """Normalise images (n, H, W, 3) uint8 into (n, 3, H, W) float32, channels_last, on the same device.
+
+    channel: (n,) the channel that all channels of an image become, as aux images have it.
+    """
+    n, height, width, _ = images.shape
+    source, constants = _constants(np.array([-1]) if channel is None else channel)
+    table = _upload(constants.astype(np.float32), images.device)
+    scale, bias = table[:, :2].unbind(1)  # each (1 or n, 3)
+    if channel is not None:
+        columns = torch.arange(0, 3 * width, 3, device=images.device)[:, None]
+        columns = (columns + _upload(source, images.device)[:, None]).view(n, 1, -1)
+        images = images.reshape(n, height, -1).gather(2, columns.expand(n, height, width * 3))
+    pixels = images.reshape(n, height, width * 3).float()
+    pixels = torch.addcmul(
+        bias.repeat(1, width)[:, None], pixels, scale.repeat(1, width)[:, None], out=pixels
+    )
+    return pixels.view(n, height, width, 3).permute(0, 3, 1, 2)

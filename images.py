@@ -1,0 +1,334 @@
+"""Image files to uint8 arrays, and the arrays of training images on disk."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from utils import UserError, whole_file
+
+DECODE_PIECE = 8  # images a thread decodes in one go
+
+logger = logging.getLogger("mce")
+
+
+class UnreadableImages(UserError):
+    """Images that cannot be read; failures holds a "path (reason)" for each of them."""
+
+    def __init__(self, failures: list[str]):
+        super().__init__(
+            f"cannot read {len(failures)} image{'s'[: len(failures) > 1]}: {', '.join(failures)}"
+        )
+        self.failures = failures
+
+
+def read_image(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
+    """Read an image file as (height, width, 3) uint8 RGB, resized once with Lanczos.
+
+    Upright by its EXIF; 16-bit grey by its high byte; an alpha channel is dropped.
+    UnreadableImages: no such file, not a file, not an image, truncated, or with more pixels than Pillow
+    considers safe (a decompression bomb).
+    """
+    try:
+        if not os.path.isfile(path):  # opening a named pipe would wait for ever
+            raise OSError("not a file" if os.path.exists(path) else "no such file")
+        with Image.open(path) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise OSError(f"{image.width}x{image.height} pixels: a decompression bomb")
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if "transparency" in image.info:  # palettes warn unless converted in two steps
+                image = image.convert("RGBA")
+            return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+    except UnidentifiedImageError as error:
+        raise UnreadableImages([f"{path} (not an image)"]) from error
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImages([f"{path} ({reason})"]) from error
+
+
+def decode(
+    paths: Sequence[str], height: int, width: int, workers: int, batch_size: int = 64
+) -> Iterator[np.ndarray]:
+    """Yield the images of paths in order as (n, height, width, 3) uint8, decoded ahead by workers threads.
+
+    n is batch_size but for the last batch. Threads, not processes: Pillow decodes and resizes without the
+    interpreter's lock. UnreadableImages names every unreadable image: after the first of them, the others
+    are read for that purpose alone.
+    """
+
+    def fill(paths: Sequence[str], rows: np.ndarray) -> list[str]:
+        failures = []
+        for path, row in zip(paths, rows, strict=True):
+            try:
+                row[...] = read_image(path, height, width)
+            except UnreadableImages as error:
+                failures += error.failures
+        return failures
+
+    def submit(start: int) -> tuple[np.ndarray, list]:
+        batch = paths[start : start + batch_size]
+        pixels = np.empty((len(batch), height, width, 3), dtype=np.uint8)
+        pieces = [slice(at, at + DECODE_PIECE) for at in range(0, len(batch), DECODE_PIECE)]
+        return pixels, [pool.submit(fill, batch[piece], pixels[piece]) for piece in pieces]
+
+    starts = iter(range(0, len(paths), batch_size))
+    ahead = 2 + DECODE_PIECE * workers // batch_size
+    failures = []
+    pool = ThreadPoolExecutor(workers)
+    try:
+        pending = deque(submit(start) for start in islice(starts, ahead))
+        while pending:
+            pixels, pieces = pending.popleft()
+            for piece in pieces:
+                failures += piece.result()
+            pending.extend(submit(start) for start in islice(starts, 1))
+            if not failures:
+                yield pixels
+        if failures:
+            raise UnreadableImages(failures)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def write_array(
+    paths: Sequence[str],
+    file: str | os.PathLike,
+    height: int,
+    width: int,
+    workers: int,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Decode paths into the .npy file (N, height, width, 3) uint8; progress is told how many, as they come.
+
+    Written piece by piece and not through a memory map, whose pages would count as this process's memory.
+    file is written in place: hand over the temporary name of utils.whole_file. UnreadableImages: all of them.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), height, width, 3)}
+    with open(file, "wb") as stream, contextlib.closing(decode(paths, height, width, workers)) as batches:
+        np.lib.format.write_array_header_1_0(stream, header)
+        for pixels in batches:
+            stream.write(pixels)
+            if progress:
+                progress(len(pixels))
+
+
+# --- training arrays on disk
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingArrays:
+    """The training images of both modalities, {"visible": …, "infrared": …}, and who is in them."""
+
+    images: dict[str, np.ndarray]  # (N, H, W, 3) uint8, memory-mapped
+    labels: dict[str, np.ndarray]  # (N,) int64, 0..C-1
+    pids: list[int] | None  # of label 0..C-1; None: not recorded
+    fingerprint: str | None  # of the image files; None: not recorded
+
+
+def array_files(folder: str | os.PathLike, prefix: str = "train") -> dict[str, tuple[Path, Path]]:
+    """{modality: (images, labels)}: the files of training arrays, by the names this family of code shares."""
+    return {
+        modality: (
+            Path(folder, f"{prefix}_{word}_resized_img.npy"),
+            Path(folder, f"{prefix}_{word}_resized_label.npy"),
+        )
+        for modality, word in (("visible", "rgb"), ("infrared", "ir"))
+    }
+
+
+def _manifest_file(folder: str | os.PathLike, prefix: str) -> Path:
+    return Path(folder, f"{prefix}_resized.json")
+
+
+def fingerprint(paths: dict[str, Sequence[str]]) -> str:
+    """A sha256 over the relative path, size and modification time of every image of {modality: paths}."""
+    root = os.path.commonpath([os.path.dirname(path) for part in paths.values() for path in part])
+    digest = hashlib.sha256()
+    for modality in sorted(paths):
+        for path in paths[modality]:
+            try:
+                status = os.stat(path)
+                facts = (status.st_size, status.st_mtime_ns)
+            except OSError:  # decoding will name it
+                facts = None
+            digest.update(
+                repr((modality, os.path.relpath(path, root), facts)).encode("utf-8", "surrogateescape")
+            )
+    return digest.hexdigest()
+
+
+def write_training_arrays(
+    folder: str | os.PathLike,
+    paths: dict[str, Sequence[str]],
+    labels: dict[str, np.ndarray],
+    pids: Sequence[int],
+    height: int,
+    width: int,
+    workers: int,
+    prefix: str = "train",
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Decode {modality: paths} with {modality: labels (N,)} into the files of array_files and a manifest.
+
+    pids: those of label 0..C-1. The former files stay until the last image is written; the manifest, which
+    tells arrays from the images that they were made from, changes last.
+    UserError: too little disk space, found out before anything is decoded. UnreadableImages: all of them.
+    """
+    files = array_files(folder, prefix)
+    manifest = {
+        "height": height,
+        "width": width,
+        "images": {modality: len(paths[modality]) for modality in files},
+        "pids": [int(pid) for pid in pids],
+        "fingerprint": fingerprint(paths),  # before decoding: an image that changes meanwhile makes it stale
+    }
+    failures = []
+    with contextlib.ExitStack() as stack:  # leaves in reverse order
+        temporary = stack.enter_context(whole_file(_manifest_file(folder, prefix)))
+        temporary.write_text(json.dumps(manifest), encoding="utf-8")
+        need = sum(map(len, paths.values())) * (height * width * 3 + 8) + 4096
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            raise UserError(f"{folder}: the arrays need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        for modality, (image_file, label_file) in files.items():
+            with open(stack.enter_context(whole_file(label_file)), "wb") as stream:
+                np.save(stream, np.asarray(labels[modality], dtype=np.int64))
+            temporary = stack.enter_context(whole_file(image_file))
+            try:
+                write_array(paths[modality], temporary, height, width, workers, progress)
+            except UnreadableImages as error:
+                failures += error.failures
+        if failures:
+            raise UnreadableImages(failures)
+
+
+def _load(file: Path, remake: str) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: missing; {remake}") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file}: not a NumPy array that can be read; {remake}") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{file}: not one NumPy array; {remake}")
+    return array
+
+
+def _read_manifest(file: Path, remake: str) -> dict | None:
+    """What a manifest says; None where there is none."""
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        facts = {"height": int, "width": int, "images": dict, "pids": list, "fingerprint": str}
+        if all(isinstance(manifest[key], kind) for key, kind in facts.items()):
+            return manifest
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file}: not a manifest of training arrays; {remake}")
+
+
+def open_training_arrays(
+    folder: str | os.PathLike,
+    height: int,
+    width: int,
+    paths: dict[str, Sequence[str]] | None = None,
+    prefix: str = "train",
+) -> TrainingArrays:
+    """Open the arrays of write_training_arrays, memory-mapped, or other code's under the same names.
+
+    paths, {modality: paths}, are the images as they are now. Arrays without a manifest are taken with a
+    warning.
+    UserError, naming the file: missing, unreadable, another dtype, shape or size, labels of another number,
+    with holes or in one modality only, or arrays that were not made from the images as they are now.
+    """
+    remake = f"run python pre_process_sysu.py --data-path {folder} --img-h {height} --img-w {width}"
+    files = array_files(folder, prefix)
+    manifest_file = _manifest_file(folder, prefix)
+    manifest = _read_manifest(manifest_file, remake)
+    images, labels = {}, {}
+    for modality, (image_file, label_file) in files.items():
+        images[modality] = _load(image_file, remake)
+        labels[modality] = np.array(_load(label_file, remake))
+        _check_images(images[modality], image_file, height, width, remake)
+        _check_labels(labels[modality], label_file, len(images[modality]), remake)
+        if manifest is not None and manifest["images"].get(modality) != len(images[modality]):
+            raise UserError(f"{image_file}: does not belong to {manifest_file}; {remake}")
+        if paths is not None:
+            _check_sources(image_file, len(images[modality]), paths[modality], manifest is None, remake)
+
+    classes = 1 + max(int(part.max()) for part in labels.values())
+    for modality, (_, label_file) in files.items():
+        if not np.array_equal(np.unique(labels[modality]), np.arange(classes)):
+            raise UserError(f"{label_file}: labels with holes: not every one of 0..{classes - 1}; {remake}")
+    if manifest is None:
+        logger.warning("%s: no %s: taking the arrays as they are", folder, manifest_file.name)
+    elif len(manifest["pids"]) != classes:
+        raise UserError(f"{files['visible'][1]}: does not belong to {manifest_file}; {remake}")
+    elif paths is not None and manifest["fingerprint"] != fingerprint(paths):
+        raise UserError(f"{files['visible'][0]}: the images have changed since it was made; {remake}")
+    return TrainingArrays(
+        images=images,
+        labels={modality: part.astype(np.int64) for modality, part in labels.items()},
+        pids=manifest and manifest["pids"],
+        fingerprint=manifest and manifest["fingerprint"],
+    )
+
+
+def _check_images(images: np.ndarray, file: Path, height: int, width: int, remake: str) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise UserError(f"{file}: {images.dtype} {images.shape} is not uint8 (N, height, width, 3); {remake}")
+    if images.shape[1:3] != (height, width):
+        made = f"{images.shape[1]}x{images.shape[2]}"
+        raise UserError(f"{file}: its images are {made}, not --img-h {height} --img-w {width}; {remake}")
+
+
+def _check_labels(labels: np.ndarray, file: Path, number: int, remake: str) -> None:
+    if labels.dtype.kind not in "iu" or labels.shape != (number,):
+        raise UserError(f"{file}: {labels.dtype} {labels.shape} is not ({number},) integers; {remake}")
+
+
+def _check_sources(file: Path, number: int, paths: Sequence[str], by_time: bool, remake: str) -> None:
+    """Compare an array with the images as they are now; by_time where no manifest tells more."""
+    if number != len(paths):
+        raise UserError(f"{file}: holds {number} images, the dataset has {len(paths)}; {remake}")
+    if by_time and file.stat().st_mtime < max(os.stat(path).st_mtime for path in paths):
+        raise UserError(f"{file}: older than the images; {remake}")
+
+
+def training_arrays(
+    folder: str | os.PathLike,
+    paths: dict[str, Sequence[str]],
+    labels: dict[str, np.ndarray],
+    pids: Sequence[int],
+    height: int,
+    width: int,
+    workers: int,
+    prefix: str = "train",
+) -> TrainingArrays:
+    """Open the arrays of these images in folder, after making them where they are not there or out of date.
+
+    Arguments and errors as write_training_arrays.
+    """
+    if _manifest_file(folder, prefix).exists():
+        with contextlib.suppress(UserError):
+            arrays = open_training_arrays(folder, height, width, paths, prefix)
+            if all(np.array_equal(arrays.labels[modality], labels[modality]) for modality in labels):
+                return arrays
+    total = sum(map(len, paths.values()))
+    logger.info("decoding %d training images once, into %s", total, folder)
+    write_training_arrays(folder, paths, labels, pids, height, width, workers, prefix)
+    return open_training_arrays(folder, height, width, paths, prefix)

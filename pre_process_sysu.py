@@ -1,0 +1,60 @@
+"""Decode the training images of SYSU-MM01 once, into the arrays that train.py reads.
+
+    python pre_process_sysu.py --data-path DIR
+
+Writes train_{rgb,ir}_resized_{img,label}.npy, and train_resized.json, which tells them from the images that
+they were made from: the identities of train_id.txt and val_id.txt, 5 GB at the default size.
+"""
+
+import argparse
+import os
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from data_manager import DATASETS, class_labels, dataset_root, train_samples
+from images import array_files, write_training_arrays
+from utils import Parser, at_least, run_script
+
+
+def get_args_parser() -> Parser:
+    """The command line."""
+    sysu = DATASETS["sysu"]
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data-path", default="data/sysu", metavar="DIR", help="SYSU-MM01 (%(default)s)")
+    add("--output", metavar="DIR", help="folder for the arrays (that of SYSU-MM01, where train.py looks)")
+    add("--img-h", type=at_least(1), default=sysu.height, metavar="N", help="pixels (%(default)s)")
+    add("--img-w", type=at_least(1), default=sysu.width, metavar="N", help="pixels (%(default)s)")
+    add("--workers", type=at_least(1), default=os.cpu_count(), metavar="N", help="threads (%(default)s)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the arrays and print what was written."""
+    start = time.perf_counter()
+    root = dataset_root("sysu", args.data_path)
+    samples = train_samples("sysu", root)
+    paths = {modality: part.paths for modality, part in samples.items()}
+    pids = np.unique(samples["visible"].pids)
+    output = args.output or root
+    with tqdm(total=sum(map(len, paths.values())), unit="image") as bar:
+        write_training_arrays(
+            output,
+            paths,
+            class_labels(samples),
+            pids,
+            args.img_h,
+            args.img_w,
+            args.workers,
+            progress=bar.update,
+        )
+    for modality, (file, _) in array_files(output).items():
+        size = f"{args.img_h}x{args.img_w}, {file.stat().st_size / 1e6:.1f} MB"
+        print(f"{file}: {len(paths[modality])} {modality} images {size}")
+    print(f"{len(pids)} identities in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args())
