@@ -1,0 +1,262 @@
+"""The network: a ResNet with one stem per modality, non-local blocks, GeM pooling and a BNNeck.
+
+docs/method.md, section 4. The trunk is torchvision's; layer4 keeps layer3's resolution.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from checkpoints import load_checkpoint, load_weights
+from utils import UserError
+
+ARCHS = ("resnet50", "resnet18")
+STEMS = ("two-stream", "shared")
+NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # behind the last so many residual blocks of a layer
+
+
+class NonLocal(nn.Module):
+    """Non-local block with one inner channel: BN(expand(theta (phi . g) / HW)) + x.
+
+    With one channel the (HW, HW) affinity has rank one, so the block takes time linear in HW. And each
+    channel that expand makes is one map y times a weight: BN's statistics follow from y's, and expand and BN
+    together are one 1x1 convolution of y, which saves passes over (N, K, H, W) and float32's rounding in
+    subtracting the means of nearly constant maps. Parameters, buffers and gradients are the plain form's.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.theta_phi_g = nn.Conv2d(channels, 3, 1)
+        self.expand = nn.Conv2d(1, channels, 1)
+        self.bn = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.bn.weight)  # the block begins as the identity
+        nn.init.zeros_(self.bn.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, K, H, W) -> (N, K, H, W)."""
+        theta, phi, g = self.theta_phi_g(x).split(1, dim=1)  # each (N, 1, H, W)
+        y = theta * (phi * g).float().mean((2, 3), keepdim=True).to(theta.dtype)
+        return x + F.conv2d(y, *self.expand_and_normalise(y))
+
+    def expand_and_normalise(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight (K, 1, 1, 1) and bias (K,) of bn(expand(.)), with the statistics of y (N, 1, H, W)."""
+        bn, weight, bias = self.bn, self.expand.weight, self.expand.bias
+        mean, var = bn.running_mean, bn.running_var
+        with torch.autocast(y.device.type, enabled=False):
+            if self.training:
+                y_var, y_mean = torch.var_mean(y.float(), correction=0)
+                mean = weight.flatten() * y_mean + bias
+                var = weight.flatten().square() * y_var
+                with torch.no_grad():
+                    bn.running_mean.lerp_(mean, bn.momentum)
+                    bn.running_var.lerp_(var * (y.numel() / (y.numel() - 1)), bn.momentum)
+                    bn.num_batches_tracked.add_(1)
+            scale = bn.weight * (var + bn.eps).rsqrt()
+            weight, bias = weight * scale.view(-1, 1, 1, 1), bn.bias + scale * (bias - mean)
+        return weight.to(y.dtype), bias.to(y.dtype)
+
+
+class GeM(nn.Module):
+    """Generalised-mean pooling: (mean over positions of max(x, 1e-6)^p)^(1/p), p learnable; in float32."""
+
+    def __init__(self, p: float = 3.0):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([p]))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, K, H, W) -> (N, K) float32."""
+        # As exponentials of logarithms: pow, and above all its gradient, takes about twice the time.
+        with torch.autocast(x.device.type, enabled=False):  # a power of bfloat16 loses what pooling averages
+            powers = self.p * x.float().clamp(min=1e-6).log()
+            return ((powers.logsumexp((2, 3)) - math.log(x[0, 0].numel())) / self.p).exp()
+
+
+def stem_of(resnet: nn.Module) -> nn.Sequential:
+    """A stem of its own with resnet's first convolution and batch norm, weights copied."""
+    stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
+    stem[0].load_state_dict(resnet.conv1.state_dict())
+    stem[1].load_state_dict(resnet.bn1.state_dict())
+    return stem
+
+
+def imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
+    """torchvision's IMAGENET1K_V1 weights of arch; UserError where they cannot be downloaded."""
+    try:
+        return torchvision.models.get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True)
+    except (URLError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"--weights imagenet: torchvision could not download the weights of {arch} ({error}); "
+            "without a network, give --weights FILE (a state dict of torchvision's) or --weights none"
+        ) from error
+
+
+class TwoStreamResNet(nn.Module):
+    """Images of either modality to BNNeck outputs; L2-normalised, these are *the* features.
+
+    arch: "resnet50" (D = 2048) or "resnet18" (D = 512). stem: "two-stream" (conv1 and bn1 per modality;
+    visible and aux images share the visible one) or "shared" (one for all, as in the released code). weights:
+    None (random), "imagenet", or a file with a state dict of torchvision's. Raises UserError for weights that
+    cannot be had or do not fit.
+    """
+
+    def __init__(self, arch: str = "resnet50", stem: str = "two-stream", weights: str | None = None):
+        super().__init__()
+        if arch not in ARCHS or stem not in STEMS:
+            raise ValueError(f"arch is one of {ARCHS} and stem of {STEMS}, not {arch!r}, {stem!r}")
+        self.arch, self.stem = arch, stem
+        resnet = torchvision.models.get_model(arch)
+        if weights is not None:
+            load_backbone(resnet, weights, arch)
+        first = resnet.layer4[0]
+        (first.conv2 if arch == "resnet50" else first.conv1).stride = (1, 1)
+        first.downsample[0].stride = (1, 1)
+        modalities = ("visible", "infrared") if stem == "two-stream" else ("shared",)
+        self.stems = nn.ModuleDict({modality: stem_of(resnet) for modality in modalities})
+        self.maxpool = resnet.maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            with_non_local(getattr(resnet, name), NON_LOCAL_BLOCKS.get(name, 0))
+            for name in ("layer1", "layer2", "layer3", "layer4")
+        )
+        self.pool = GeM()
+        self.dim = resnet.fc.in_features
+        self.neck = nn.BatchNorm1d(self.dim)
+        self.neck.bias.requires_grad_(False)
+
+    def pooled(
+        self, visible: torch.Tensor | None = None, infrared: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Images (N, 3, H, W) of either or both modalities -> pooled features (N, D), visible rows first."""
+        streams = [(name, x) for name, x in (("visible", visible), ("infrared", infrared)) if x is not None]
+        if self.stem == "shared":  # one pass, so that batch statistics are over all images
+            x = self.stems["shared"](torch.cat([x for _, x in streams]))
+        else:
+            x = torch.cat([self.stems[name](x) for name, x in streams])
+        x = self.maxpool(x)
+        return self.pool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+
+    def forward(
+        self, visible: torch.Tensor | None = None, infrared: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Images (N, 3, H, W) of either or both modalities -> BNNeck outputs (N, D), visible rows first."""
+        pooled = self.pooled(visible, infrared)
+        with torch.autocast(pooled.device.type, enabled=False):
+            return self.neck(pooled)
+
+
+def with_non_local(layer: nn.Sequential, count: int) -> nn.Sequential:
+    """layer with a non-local block behind each of its last count residual blocks."""
+    blocks = []
+    for k, block in enumerate(layer):
+        blocks.append(block)
+        if k >= len(layer) - count:
+            blocks.append(NonLocal(block.conv1.in_channels if k else block.downsample[0].out_channels))
+    return nn.Sequential(*blocks)
+
+
+def load_backbone(resnet: nn.Module, weights: str | os.PathLike, arch: str) -> None:
+    """Load ImageNet weights ("imagenet") or those of a file into a torchvision ResNet, its fc aside."""
+    state = imagenet_weights(arch) if weights == "imagenet" else load_weights(weights)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    load_strictly(
+        resnet, state | {f"fc.{k}": v for k, v in resnet.fc.state_dict().items()}, f"--weights {weights}"
+    )
+
+
+def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """load_state_dict, with what does not fit told in one line that names source."""
+    own = module.state_dict()
+    misfits = [f"{key} is missing" for key in own if key not in state]
+    misfits += [f"{key} is unknown" for key in state if key not in own]
+    misfits += [
+        f"{key} is {tuple(state[key].shape)} there, {tuple(own[key].shape)} here"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if misfits:
+        more = f" and {len(misfits) - 1} more" if len(misfits) > 1 else ""
+        raise UserError(f"{source} does not fit the network: {misfits[0]}{more}")
+    module.load_state_dict(state)
+
+
+def from_checkpoint(path: str | os.PathLike) -> TwoStreamResNet:
+    """The network of a checkpoint, in evaluation mode on the CPU.
+
+    path: a checkpoint of this project (its `args` say how to build the network) or of the released code (a
+    shared stem; its class memories, if it holds any, are left out). Raises UserError naming path if it is
+    missing, not a checkpoint, or of other shapes.
+    """
+    return build_from_checkpoint(load_checkpoint(path), path)
+
+
+def build_from_checkpoint(checkpoint: dict, path: str | os.PathLike) -> TwoStreamResNet:
+    """from_checkpoint, for a checkpoint that is read already; path only names it in errors."""
+    state = {key.removeprefix("module."): value for key, value in checkpoint["net"].items()}
+    if any(key.startswith("backbone.") for key in state):
+        arch, stem = "resnet50", "shared"
+        state = translate_released(state)
+    else:
+        args = checkpoint.get("args")
+        args = args if isinstance(args, dict) else {}
+        arch, stem = args.get("arch"), args.get("stem")
+        if arch not in ARCHS or stem not in STEMS:
+            raise UserError(
+                f"{path} is not a checkpoint of this project: its `args` name no known arch and stem"
+            )
+    model = TwoStreamResNet(arch, stem)
+    load_strictly(model, state, str(path))
+    return model.eval()
+
+
+def translate_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The released network's weights under this one's names, without what is neither backbone nor neck."""
+    translated, one_channel = {}, {}
+    first_with = {"2": 4 - 2, "3": 6 - 3}  # NL_2.k follows block 2 + k of layer2's four, NL_3.k 3 + k of six
+    for key, value in state.items():
+        key = key.removeprefix("backbone.")
+        if match := re.fullmatch(r"NL_([23])\.(\d)\.(.+)", key):
+            layer, k, rest = match.groups()
+            prefix = f"layer{layer}.{first_with[layer] + 2 * int(k) + 1}"
+            if match := re.fullmatch(r"(theta|phi|g\.0)\.(weight|bias)", rest):
+                one_channel[f"{prefix}.theta_phi_g.{match[2]}", match[1][:3]] = value
+            else:
+                rest = rest.replace("W.0.", "expand.").replace("W.1.", "bn.")
+                translated[f"{prefix}.{rest}"] = value
+        elif match := re.fullmatch(r"layer([23])\.(\d)\.(.+)", key):
+            layer, k = match[1], int(match[2])
+            # a block moves back by one place for each non-local block before it
+            translated[f"layer{layer}.{k + max(0, k - first_with[layer])}.{match[3]}"] = value
+        elif key.startswith(("conv1.", "bn1.")):
+            translated[key.replace("conv1", "stems.shared.0").replace("bn1", "stems.shared.1")] = value
+        elif key.startswith("bn_neck."):
+            translated[key.replace("bn_neck", "neck")] = value
+        elif key.startswith(("layer1.", "layer4.", "pool.")):
+            translated[key] = value
+    for key in {key for key, _ in one_channel}:
+        parts = [one_channel[key, part] for part in ("the", "phi", "g.0") if (key, part) in one_channel]
+        translated[key] = torch.cat(parts)
+    return translated
+
+
+@torch.inference_mode()
+def extract_features(
+    model: TwoStreamResNet, batches: Iterable[torch.Tensor], modality: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Unit features (N, D) float32, on the model's device, of batches of normalised images (n, 3, H, W).
+
+    modality: "visible", "infrared" or "aux" (which takes the visible stem). dtype: autocast's, None for
+    float32. The model must be in evaluation mode.
+    """
+    name = "infrared" if modality == "infrared" else "visible"
+    features = []
+    for images in batches:
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            features.append(F.normalize(model(**{name: images})))
+    return torch.cat(features)
