@@ -1,0 +1,83 @@
+"""Evaluation and re-ranking the way one would first write them: query by query, with sorting.
+
+Precision is computed at every place of the ranking, and re-ranking keeps dense (N, N) matrices, as the
+field's Python evaluations and the re-ranking paper's own code do. The tests use these loops as oracles.
+"""
+
+import numpy as np
+from scipy.spatial.distance import cdist
+
+
+def ignored_images(protocol, q_pid, q_camid, g_pids, g_camids) -> np.ndarray:
+    """Return (G,) bool: the gallery images that one query ignores (docs/method.md, section 8)."""
+    if protocol == "sysu":
+        return (q_camid == 3) & (g_camids == 2)
+    if protocol == "llcm":
+        return (g_pids == q_pid) & (g_camids == q_camid)
+    return np.zeros(len(g_pids), dtype=bool)
+
+
+def evaluate_loop(distmat, q_pids, g_pids, q_camids, g_camids, protocol, max_rank=20):
+    """Return (cmc, mAP, mINP) of (Q, G) distances; see eval_metrics.eval_sysu."""
+    cmcs, precisions, inverses = [], [], []
+    for query in range(len(q_pids)):
+        order = np.argsort(distmat[query], kind="stable")
+        ignored = ignored_images(protocol, q_pids[query], q_camids[query], g_pids, g_camids)
+        ranked = g_pids[order[~ignored[order]]]
+        matches = (ranked == q_pids[query]).astype(int)
+        if not matches.any():
+            continue
+        running = matches.cumsum()
+        precision = [hits / rank for rank, hits in enumerate(running, start=1)]
+        precisions.append((np.array(precision) * matches).sum() / matches.sum())
+        last = np.nonzero(matches)[0][-1]
+        inverses.append(running[last] / (last + 1))
+
+        if protocol != "regdb":  # one entry for each identity, where it first appears
+            _, appearance = np.unique(ranked, return_index=True)
+            matches = (ranked[np.sort(appearance)] == q_pids[query]).astype(int)
+        cmc = np.minimum(matches.cumsum(), 1)[:max_rank]
+        cmcs.append(np.concatenate([cmc, np.full(max_rank - len(cmc), cmc[-1])]))
+    return np.mean(cmcs, axis=0), np.mean(precisions), np.mean(inverses)
+
+
+def k_reciprocal_loop(query_features, gallery_features, k1=20, k2=6, lambda_value=0.3, dtype=np.float16):
+    """Return the re-ranked (Q, G) distances, with arrays of dtype; see eval_metrics.k_reciprocal."""
+    features = np.concatenate([query_features, gallery_features]).astype(dtype)
+    num_query, num = len(query_features), len(features)
+    distances = np.power(cdist(features, features).astype(dtype), 2)
+    largest = np.max(distances, axis=0)
+    distances = np.transpose(distances / np.where(largest > 0, largest, 1))
+    ranking = np.argsort(distances, axis=1)
+
+    def reciprocal(image, k):
+        forward = ranking[image, : k + 1]
+        backward = ranking[forward, : k + 1]
+        return forward[np.nonzero(backward == image)[0]]
+
+    vectors = np.zeros((num, num), dtype=dtype)
+    for image in range(num):
+        neighbours = reciprocal(image, k1)
+        expanded = neighbours
+        for neighbour in neighbours:
+            close = reciprocal(neighbour, int(np.around(k1 / 2)))
+            if len(np.intersect1d(close, neighbours)) > 2 / 3 * len(close):
+                expanded = np.append(expanded, close)
+        expanded = np.unique(expanded)
+        weights = np.exp(-distances[image, expanded])
+        vectors[image, expanded] = weights / weights.sum()
+
+    averaged = np.zeros_like(vectors)
+    for image in range(num):
+        averaged[image] = vectors[ranking[image, :k2]].mean(axis=0)
+    holders = [np.nonzero(averaged[:, image])[0] for image in range(num)]
+
+    jaccard = np.zeros((num_query, num), dtype=dtype)
+    for query in range(num_query):
+        overlap = np.zeros(num, dtype=dtype)
+        for image in np.nonzero(averaged[query])[0]:
+            having = holders[image]
+            overlap[having] += np.minimum(averaged[query, image], averaged[having, image])
+        jaccard[query] = 1 - overlap / (2 - overlap)
+    final = jaccard * (1 - lambda_value) + distances[:num_query] * lambda_value
+    return final[:, num_query:]

@@ -1,0 +1,76 @@
+"""Measure two ways of doing the same work in one run, so that the machine's mood strikes both alike."""
+
+import contextlib
+import functools
+import multiprocessing
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def compare(baseline: Callable[[], object], ours: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Return the median seconds of (baseline, ours), run in turns, repeats times each after one run of ours.
+
+    On a GPU the callables must wait for it (torch.cuda.synchronize) before they return.
+    """
+    ours()  # the first call pays for threads, allocations and lazy imports
+    seconds = [[], []]
+    for _ in range(repeats):
+        for function, taken in zip((baseline, ours), seconds, strict=True):
+            start = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def wait_for(device: torch.device | str) -> None:
+    """Wait until a GPU has done what it was given; the CPU has."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(function: Callable[..., object], *args) -> int:
+    """Return by how many bytes function(*args) raises the resident memory of a process of its own at most.
+
+    function must be importable by name and args picklable; imports that function makes are counted.
+    """
+    return run_alone(functools.partial, function, *args)[1]
+
+
+def run_alone(prepare: Callable[..., Callable[[], object]], *args) -> tuple[float, int]:
+    """Return (seconds, bytes) of the callable that prepare(*args) returns, called in a process of its own.
+
+    bytes: how far the call raises resident memory at most, above what prepare left there (Linux only).
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sender, prepare, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{prepare} failed in its own process") from None
+    finally:
+        process.join()
+
+
+def _measure(sender, prepare: Callable[..., Callable[[], object]], args: tuple) -> None:
+    function = prepare(*args)
+    with contextlib.suppress(
+        OSError
+    ):  # where this is not allowed, what prepare needed at most counts as there
+        Path("/proc/self/clear_refs").write_text("5")
+    before, start = _peak(), time.perf_counter()
+    function()
+    sender.send((time.perf_counter() - start, _peak() - before))
+
+
+def _peak() -> int:
+    """Peak resident bytes; getrusage would report those of the parent too, from before exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024

@@ -1,0 +1,564 @@
+"""CMC, mAP and mINP under the three protocols, k-reciprocal re-ranking, and the loop over trials.
+
+A query has few matches, so nothing is ranked that need not be: the place of a match in the ranking is the
+number of gallery images nearer than it, and the number of identities before the first match is the number of
+identities whose nearest image is nearer. Both are counted block by block from (rows, G) distances, whether
+these are cut from a distance matrix or computed from features, so that no (Q, G) matrix need ever exist.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+import torch
+
+PROTOCOLS = ("sysu", "regdb", "llcm")
+BLOCK = 2**25  # distances in one matrix product: 128 MB, enough rows to keep the product efficient
+MATCHES = 2**22  # matches looked up at a time: 150 MB of temporaries at most
+CACHED = 2**18  # distances counted at a time on the CPU: 1 MB, what a core's cache holds
+PAIRS = 2**19  # pairs of sparse entries compared at a time when re-ranking: 12 MB of temporaries
+SYMMETRIC = 1024  # images in a block of the symmetric (N, N) distances of re-ranking
+FEW_MATCHES = 64  # up to here, one comparison pass for each match costs less than sorting
+
+Array = np.ndarray | torch.Tensor
+
+
+class Metrics(NamedTuple):
+    """cmc: float64 NumPy array (max_rank,) in [0, 1]; mAP and mINP: floats in [0, 1]."""
+
+    cmc: np.ndarray
+    mAP: float
+    mINP: float
+
+
+class Trial(NamedTuple):
+    """One trial: unit features (Q, D) and (G, D), integer pids and camids (Q,) and (G,)."""
+
+    query_features: Array
+    gallery_features: Array
+    q_pids: Array
+    g_pids: Array
+    q_camids: Array | None
+    g_camids: Array | None
+
+
+def eval_sysu(
+    distmat: Array, q_pids: Array, g_pids: Array, q_camids: Array, g_camids: Array, max_rank: int = 20
+) -> Metrics:
+    """Evaluate as SYSU-MM01 does: camera-3 queries ignore camera 2; CMC counts identities.
+
+    All of camera 2 is ignored, whatever the identity (the same room as camera 3), as in the released code.
+
+    Args:
+        distmat: (Q, G) distances, smaller is nearer, ties rank in gallery order; any real dtype, any device.
+        q_pids, q_camids: (Q,) integers.
+        g_pids, g_camids: (G,) integers.
+        max_rank: length of the curve; beyond the last gallery identity the curve's last value is held.
+
+    Returns:
+        (cmc, mAP, mINP), see Metrics. A query with no match left is left out of every average.
+
+    Raises:
+        ValueError: a NaN in distmat, shapes that disagree, or no query with a match.
+
+    Source: docs/method.md section 8; the released code's eval_metrics.py.
+    """
+    return _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, "sysu", max_rank)
+
+
+def eval_regdb(distmat: Array, q_pids: Array, g_pids: Array, max_rank: int = 20) -> Metrics:
+    """Evaluate as RegDB does: the whole gallery, no camera rule; CMC counts images. See eval_sysu."""
+    return _evaluate_distmat(distmat, q_pids, g_pids, None, None, "regdb", max_rank)
+
+
+def eval_llcm(
+    distmat: Array, q_pids: Array, g_pids: Array, q_camids: Array, g_camids: Array, max_rank: int = 20
+) -> Metrics:
+    """Evaluate as LLCM does: the same pid in the same camera is ignored; CMC counts identities."""
+    return _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, "llcm", max_rank)
+
+
+def evaluate(
+    query_features: Array,
+    gallery_features: Array,
+    q_pids: Array,
+    g_pids: Array,
+    q_camids: Array | None,
+    g_camids: Array | None,
+    protocol: str,
+    max_rank: int = 20,
+) -> Metrics:
+    """Evaluate unit features by cosine similarity, in float32 on their own device, without a (Q, G) matrix.
+
+    Args:
+        query_features, gallery_features: (Q, D) and (G, D), unit norm.
+        q_pids, g_pids, q_camids, g_camids, max_rank: as eval_sysu has them; regdb reads no camids.
+        protocol: "sysu", "regdb" or "llcm".
+
+    Returns and raises what eval_sysu does; ValueError also for an unknown protocol.
+    """
+    query_features, gallery_features = _features(query_features), _features(gallery_features)
+    size, device = (len(query_features), len(gallery_features)), gallery_features.device
+    ids = _ids(protocol, size, device, q_pids, g_pids, q_camids, g_camids)
+    return _evaluate(_feature_distances(query_features, gallery_features), ids, protocol, max_rank)
+
+
+def evaluate_trials(
+    trials: Iterable[Trial], protocol: str, rerank: str | None = None, max_rank: int = 20
+) -> list[Metrics]:
+    """Evaluate each trial in turn; rerank is None or "k-reciprocal" (ValueError otherwise). See evaluate."""
+    if rerank not in (None, "k-reciprocal"):
+        raise ValueError(f"rerank must be None or 'k-reciprocal', not {rerank!r}")
+    results = []
+    for trial in trials:
+        if rerank is None:
+            results.append(evaluate(*trial, protocol, max_rank))
+        else:
+            distmat = k_reciprocal(trial.query_features, trial.gallery_features)
+            results.append(_evaluate_distmat(distmat, *trial[2:], protocol, max_rank))
+    return results
+
+
+def summarize(results: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
+    """Return the mean and the standard deviation (of the population: divided by n) over trials."""
+    cmc, mAP, mINP = (np.array(values, dtype=np.float64) for values in zip(*results, strict=True))
+    return (
+        Metrics(cmc.mean(0), float(mAP.mean()), float(mINP.mean())),
+        Metrics(cmc.std(0), float(mAP.std()), float(mINP.std())),
+    )
+
+
+@torch.no_grad()
+def top_k(
+    query_features: Array,
+    gallery_features: Array,
+    q_camids: Array | None,
+    g_camids: Array | None,
+    protocol: str,
+    k: int,
+    q_pids: Array,
+    g_pids: Array,
+) -> torch.Tensor:
+    """Return (Q, k) int64 indices of each query's k nearest gallery images, nearest first.
+
+    What the protocol ignores is left out; -1 where fewer than k images are left. Arguments as in evaluate;
+    the result lies on the features' device.
+    """
+    query_features, gallery_features = _features(query_features), _features(gallery_features)
+    size, device = (len(query_features), len(gallery_features)), gallery_features.device
+    ids = _ids(protocol, size, device, q_pids, g_pids, q_camids, g_camids)
+    distances = _feature_distances(query_features, gallery_features)
+    result = torch.full((size[0], k), -1, dtype=torch.int64, device=device)
+    for queries, columns in _comparisons(protocol, ids):
+        lines = _lines(ids)
+        for rows, block in zip(queries.split(lines), distances(queries, lines), strict=True):
+            ignored = _ignored(protocol, ids, rows[:, None], columns)
+            near = block[:, columns].masked_fill_(ignored, torch.inf)
+            order = near.argsort(dim=1, stable=True)[:, :k]
+            found = columns[order].masked_fill_(near.gather(1, order) == torch.inf, -1)
+            result[rows, : found.shape[1]] = found
+    return result
+
+
+@torch.no_grad()
+def k_reciprocal(
+    query_features: Array,
+    gallery_features: Array,
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
+) -> Array:
+    """Re-rank by k-reciprocal encoding: (1 - lambda) x Jaccard distance + lambda x original distance.
+
+    An image's k-reciprocal neighbours, expanded by those of its neighbours that mostly agree, become a sparse
+    vector of weights exp(-distance); the vectors of its k2 nearest images are averaged; the Jaccard distance
+    compares vectors. The original distance is squared Euclidean, each row divided by its largest entry.
+    Neighbours are ranked in half precision, as the released code does, whose results depend on it.
+
+    Args:
+        query_features, gallery_features: (Q, D) and (G, D); products run on their device, in float32.
+        k1, k2: neighbourhood sizes, cut to the number of images where that is smaller.
+        lambda_value: weight of the original distance, in [0, 1].
+
+    Returns:
+        distmat (Q, G) float32, smaller is nearer: NumPy for NumPy features, else a tensor on their device.
+
+    Source: Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017.
+    """
+    features = torch.cat([_features(query_features), _features(gallery_features)])
+    num_query, num = len(query_features), len(features)
+    distances = _squared_distances(features.half().float())  # as the released code rounds them
+    close_k = round(k1 / 2) + 1
+    nearest = _nearest_in_half_precision(distances, [min(k, num) for k in (k2, close_k, k1 + 1)])
+    distances.div_(distances.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
+
+    # Sets of images are the rows of sparse 0/1 matrices (N, N): a product counts common members.
+    neighbours = _reciprocal(nearest[:, : k1 + 1])
+    close = _reciprocal(nearest[:, :close_k])
+    common = neighbours @ close.T  # [i, j]: how many of j's close images are neighbours of i
+    agreeing = neighbours.multiply(common).tocsr()
+    agreeing.data = (agreeing.data > 2 / 3 * np.diff(close.indptr)[agreeing.indices]).astype(np.float32)
+    agreeing.eliminate_zeros()
+    expanded = (neighbours + agreeing @ close).tocoo()
+
+    weights = distances[expanded.row, expanded.col].neg_().exp_().cpu().numpy()
+    vectors = scipy.sparse.csr_matrix((weights, (expanded.row, expanded.col)), shape=(num, num))
+    total = vectors.sum(1).A1  # 0 where equal images crowd each other out
+    vectors = scipy.sparse.diags(1 / np.where(total > 0, total, 1)) @ vectors
+    vectors = _indicator(nearest[:, :k2]) @ vectors / min(k2, num)
+
+    overlap = torch.from_numpy(_minimum_sums(vectors[:num_query], vectors[num_query:].tocsc()))
+    jaccard = 1 - overlap / (2 - overlap)
+    original = distances[:num_query, num_query:]
+    distmat = jaccard.to(original.device) * (1 - lambda_value) + original * lambda_value
+    return distmat if isinstance(query_features, torch.Tensor) else distmat.numpy()
+
+
+# ---- the core: counting
+
+
+class _Ids(NamedTuple):
+    """int64 tensors (Q,) and (G,) on the device of the distances."""
+
+    q_pids: torch.Tensor
+    g_pids: torch.Tensor
+    q_camids: torch.Tensor
+    g_camids: torch.Tensor
+
+
+def _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, protocol, max_rank) -> Metrics:
+    distmat = _tensor(distmat)
+    if distmat.ndim != 2:
+        raise ValueError(f"distmat must be (Q, G), not {tuple(distmat.shape)}")
+    if distmat.numel() and torch.isnan(distmat.amin()):
+        raise ValueError("distmat holds NaN")
+    wide = distmat.dtype == torch.float64 or not distmat.is_floating_point()
+    dtype = torch.float64 if wide else torch.float32
+    ids = _ids(protocol, distmat.shape, distmat.device, q_pids, g_pids, q_camids, g_camids)
+
+    def distances(rows: torch.Tensor, lines: int) -> Iterator[torch.Tensor]:
+        return (distmat.index_select(0, part).to(dtype) for part in rows.split(lines))
+
+    return _evaluate(distances, ids, protocol, max_rank)
+
+
+@torch.no_grad()
+def _evaluate(
+    distances: Callable[[torch.Tensor, int], Iterator[torch.Tensor]],
+    ids: _Ids,
+    protocol: str,
+    max_rank: int,
+) -> Metrics:
+    """Average over queries; distances(rows, lines) yields those of the queries rows in (lines, G) blocks."""
+    if max_rank < 1:
+        raise ValueError(f"max_rank must be at least 1, not {max_rank}")
+    by_identity = protocol != "regdb"
+    lines = _lines(ids)
+    rankings = []
+    for queries, allowed in _comparisons(protocol, ids):
+        gallery = _Gallery(ids.g_pids, allowed, in_turns=by_identity)
+        identity, known = gallery.find(ids.q_pids[queries])
+        queries, identity = queries[known], identity[known]
+        height = max(lines, MATCHES // max(gallery.turns, 1))
+        for rows, identities in zip(queries.split(height), identity.split(height), strict=True):
+            places, real = gallery.images(identities)
+            counted = real & ~_ignored(protocol, ids, rows[:, None], gallery.columns[places])
+            kept = counted.any(1)
+            rows, places, real, counted = rows[kept], places[kept], real[kept], counted[kept]
+            if not len(rows):
+                continue
+            parts = zip(*(x.split(lines) for x in (places, real, counted)), strict=True)
+            blocks = zip(distances(rows, lines), parts, strict=True)
+            counts = [_count_block(gallery, block, *part) for block, part in blocks]
+            nearer, preceding = (torch.cat(values) for values in zip(*counts, strict=True))
+            rankings.append((preceding, *_precision(nearer, real, counted)))
+    if not rankings:
+        raise ValueError("no query has a match in the gallery, so there is nothing to average")
+    preceding, precision, inverse = (torch.cat(values) for values in zip(*rankings, strict=True))
+    found = torch.bincount(preceding.clamp(max=max_rank), minlength=max_rank + 1)[:max_rank].cumsum(0)
+    return Metrics(found.cpu().numpy() / len(preceding), float(precision.mean()), float(inverse.mean()))
+
+
+def _count_block(
+    gallery: "_Gallery",
+    block: torch.Tensor,
+    places: torch.Tensor,
+    real: torch.Tensor,
+    counted: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count what is nearer than the matches of q queries.
+
+    block (q, G) distances, overwritten; places (q, M) of the images of a query's own pid among the columns;
+    real (q, M) tells which of these are no padding, counted (q, M) which are not ignored either.
+    Returns the number of images nearer than each (q, M), and of what CMC counts before the first match (q,).
+    """
+    block = gallery.arrange(block)
+    matches = block.gather(1, places).masked_fill_(~real, torch.inf)
+    nearer, tied = _count_nearer(block, matches, real)
+    if tied.any():  # as ranks, in which gallery order has decided, no two distances are equal
+        block[tied] = _ranks(block[tied], gallery.columns.argsort())
+        matches[tied] = block[tied].gather(1, places[tied]).masked_fill_(~real[tied], torch.inf)
+        nearer[tied] = _count_nearer(block[tied], matches[tied], real[tied])[0]
+    nearest_match = matches.masked_fill(~counted, torch.inf).amin(1, keepdim=True)
+    if gallery.in_turns:
+        block = gallery.nearest(block)
+    preceding = _count(torch.lt, block, nearest_match, torch.empty_like(block)).long()
+    own = matches < nearest_match  # only ignored images of the query's own pid
+    return nearer, preceding - own.any(1).long()
+
+
+def _precision(
+    nearer: torch.Tensor, real: torch.Tensor, counted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return average precision and inverse negative penalty, (q,) float64; arguments as in _count_block."""
+    nearer, order = nearer.masked_fill(~real, torch.iinfo(nearer.dtype).max // 2).sort(dim=1)
+    ignored, valid = (real & ~counted).gather(1, order), counted.gather(1, order)
+    position = (nearer + 1 - ignored.cumsum(1)).double()  # in the ranking, from 1
+    number = valid.cumsum(1).double()  # of matches up to here
+    total = number[:, -1]
+    precision = (number / position).masked_fill(~valid, 0).sum(1) / total
+    return precision, total / position.masked_fill(~valid, 0).amax(1)
+
+
+def _count_nearer(
+    block: torch.Tensor, matches: torch.Tensor, real: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count the columns of block (q, G) below each of matches (q, M); tell which queries have a tie there."""
+    if matches.shape[1] > FEW_MATCHES:
+        ordered = block.sort(dim=1).values
+        nearer = torch.searchsorted(ordered, matches)
+        equal = torch.searchsorted(ordered, matches, right=True) - nearer
+    else:
+        scratch = torch.empty_like(block)
+        columns = matches.split(1, dim=1)
+        nearer = torch.stack([_count(torch.lt, block, column, scratch) for column in columns], 1)
+        equal = torch.stack([_count(torch.eq, block, column, scratch) for column in columns], 1)
+    return nearer.long(), (equal != real).any(1)
+
+
+def _count(
+    compare: Callable[..., torch.Tensor], block: torch.Tensor, column: torch.Tensor, scratch: torch.Tensor
+) -> torch.Tensor:
+    """Return (q,): how many columns of block (q, G) compare with column (q, 1).
+
+    Ones and zeros of the block's own dtype are compared and summed much faster on a CPU than booleans are;
+    their sum is exact up to 2**24 gallery images.
+    """
+    return compare(block, column, out=scratch).sum(1)
+
+
+def _ranks(block: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Return each distance's place in its row of block (q, G); ties in the order (G,) given of columns."""
+    ranked = order[block.index_select(1, order).argsort(dim=1, stable=True)]
+    places = torch.arange(len(order), device=block.device, dtype=block.dtype)
+    return torch.empty_like(block).scatter_(1, ranked, places.expand_as(block))
+
+
+class _Gallery:
+    """The gallery images that some queries are compared with, in the order that makes counting cheap.
+
+    Columns come in turns: first one image of every identity, then a second image of those that have one, and
+    so on, identities with more images first. So the k-th column of every turn is identity k's, and the
+    nearest image of every identity is the minimum over turns, with no padding. Where CMC counts images that
+    is not needed, and columns are the gallery as it is.
+    """
+
+    def __init__(self, g_pids: torch.Tensor, allowed: torch.Tensor, in_turns: bool):
+        order = g_pids[allowed].argsort(stable=True)
+        pids, identity, counts = torch.unique_consecutive(
+            g_pids[allowed][order], return_inverse=True, return_counts=True
+        )
+        turn = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[identity]
+        by_count = counts[identity].argsort(descending=True, stable=True)
+        by_turn = by_count[turn[by_count].argsort(stable=True)]
+        images = allowed[order[by_turn]]
+        self.columns, self.places = (images, None) if in_turns else (allowed, images)
+        self.in_turns = in_turns
+        self.pids, self.counts = pids, counts
+        self.index = counts.argsort(descending=True, stable=True).argsort()  # of each pid within a turn
+        widths = torch.bincount(turn)
+        self.starts = widths.cumsum(0) - widths
+        self.widths = widths.tolist()
+        self.turns = len(self.widths)
+
+    def find(self, q_pids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which of self.pids each query is, and whether it is one at all."""
+        if not len(self.pids):
+            return torch.zeros_like(q_pids), torch.zeros_like(q_pids, dtype=torch.bool)
+        identity = torch.searchsorted(self.pids, q_pids).clamp_(max=len(self.pids) - 1)
+        return identity, self.pids[identity] == q_pids
+
+    def images(self, identity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return places (q, M) of the identities' images among columns, and which entries are no padding."""
+        counts = self.counts[identity, None]
+        turns = torch.arange(int(counts.max()) if len(identity) else 0, device=identity.device)
+        real = turns < counts
+        places = (self.starts[turns] + self.index[identity, None]).masked_fill_(~real, 0)
+        return places if self.in_turns else self.places[places], real
+
+    def arrange(self, block: torch.Tensor) -> torch.Tensor:
+        """Return the columns of block (q, all gallery images)."""
+        return block.index_select(1, self.columns) if self.in_turns else block
+
+    def nearest(self, block: torch.Tensor) -> torch.Tensor:
+        """Return (q, identities): the distance of the nearest image of each. Overwrites the first turn."""
+        turns = block.split(self.widths, dim=1)
+        for turn in turns[1:]:
+            first = turns[0][:, : turn.shape[1]]
+            torch.minimum(first, turn, out=first)
+        return turns[0]
+
+
+# ---- the protocols' rules
+
+
+def _comparisons(protocol: str, ids: _Ids) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return groups of queries (indices) with the gallery images (indices) that they are compared with."""
+    queries, images = (torch.arange(len(pids), device=pids.device) for pids in (ids.q_pids, ids.g_pids))
+    if protocol != "sysu":
+        return [(queries, images)]
+    beside = ids.q_camids == 3  # in the same room as camera 2
+    return [(queries[beside], images[ids.g_camids != 2]), (queries[~beside], images)]
+
+
+def _ignored(protocol: str, ids: _Ids, queries: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Tell which pairs of a query and a gallery image of its group (indices, broadcast) are ignored yet."""
+    if protocol != "llcm":
+        return torch.zeros((), dtype=torch.bool, device=images.device)
+    same_pid = ids.q_pids[queries] == ids.g_pids[images]
+    return same_pid & (ids.q_camids[queries] == ids.g_camids[images])
+
+
+def _ids(protocol, size, device, q_pids, g_pids, q_camids, g_camids) -> _Ids:
+    """Check protocol and lengths, bring the ids to the device; regdb has no camids, so any will do."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
+    if protocol == "regdb":
+        q_camids, g_camids = q_pids, g_pids
+    ids = _Ids(*(_tensor(values).to(device).long() for values in (q_pids, g_pids, q_camids, g_camids)))
+    for name, values in ids._asdict().items():
+        expected = size[0] if name.startswith("q") else size[1]
+        if values.shape != (expected,):
+            raise ValueError(f"{name} must have shape ({expected},), not {tuple(values.shape)}")
+    return ids
+
+
+# ---- arrays and distances
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    if isinstance(values, torch.Tensor):
+        return values.detach()
+    return torch.from_numpy(np.require(values, requirements="CW"))  # torch warns of read-only arrays
+
+
+def _features(values: Array) -> torch.Tensor:
+    features = _tensor(values).float()
+    if features.ndim != 2:
+        raise ValueError(f"features must be (N, D), not {tuple(features.shape)}")
+    if features.numel() and not torch.isfinite(torch.stack(features.aminmax())).all():
+        raise ValueError("features hold NaN or infinity")
+    return features
+
+
+def _lines(ids: _Ids) -> int:
+    """Queries counted at a time: their distances stay in a CPU's cache; a GPU wants many."""
+    return max(1, (CACHED if ids.g_pids.device.type == "cpu" else BLOCK) // max(len(ids.g_pids), 1))
+
+
+def _feature_distances(
+    query_features: torch.Tensor, gallery_features: torch.Tensor
+) -> Callable[[torch.Tensor, int], Iterator[torch.Tensor]]:
+    """Return distances(rows, lines), which yields (lines, G) blocks of negative cosine similarity.
+
+    It ranks as distance does. Products are larger than blocks: one of few queries would only wait for the
+    gallery's features to come from memory.
+    """
+
+    def distances(rows: torch.Tensor, lines: int) -> Iterator[torch.Tensor]:
+        height = max(1, max(64, BLOCK // max(len(gallery_features), 1)) // lines) * lines
+        for part in rows.split(height):
+            with torch.autocast(query_features.device.type, enabled=False):
+                products = query_features.index_select(0, part).neg_() @ gallery_features.T
+            yield from products.split(lines)
+
+    return distances
+
+
+def _squared_distances(features: torch.Tensor) -> torch.Tensor:
+    """Return (N, N) squared Euclidean distances of (N, D); the diagonal is 0."""
+    norms = features.square().sum(1)
+    distances = features.new_empty(len(features), len(features))
+    for block in torch.arange(len(features)).split(SYMMETRIC):  # each pair of blocks once
+        here, rest = slice(int(block[0]), int(block[-1]) + 1), slice(int(block[0]), None)
+        with torch.autocast(features.device.type, enabled=False):
+            products = torch.addmm(norms[here], features[rest], features[here].T, alpha=-2)
+        products.add_(norms[rest, None]).clamp_(min=0)
+        distances[rest, here] = products
+        distances[here, rest] = products.T
+    return distances.fill_diagonal_(0)
+
+
+def _nearest_in_half_precision(squared: torch.Tensor, sizes: list[int]) -> np.ndarray:
+    """Return (N, max(sizes)) int64: the images nearest to each one, as the released code orders them.
+
+    It ranks distances in half precision, where many tie, by NumPy's unstable sort; its results depend on
+    which of them fall within the sizes, so that is kept. Only sets of neighbours matter: where no tie crosses
+    the border of one of the sizes any way of selecting gives the same, and sorting is kept for the other
+    rows.
+    """
+    rounded = squared.sqrt().half().square_()
+    rounded.div_(rounded.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float16).tiny))
+    most = min(max(sizes) + 1, len(squared))
+    values, nearest = rounded.float().topk(most, dim=1, largest=False)
+    borders = torch.tensor([s for s in sizes if s < most], dtype=torch.int64, device=squared.device)
+    tied = (values[:, borders - 1] == values[:, borders]).any(1).nonzero()[:, 0]
+    # NumPy sorts unsigned integers exactly as it sorts the halves whose bits they are, but faster.
+    bits = rounded[tied].cpu().numpy().view(np.uint16)
+    nearest = nearest[:, : max(sizes)].cpu().numpy()
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        rows = np.array_split(np.arange(len(bits)), 4 * torch.get_num_threads())
+        ordered = pool.map(lambda part: np.argsort(bits[part], axis=1)[:, : max(sizes)], rows)
+        nearest[tied.cpu().numpy()] = np.concatenate(list(ordered))
+    return nearest
+
+
+def _indicator(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
+    """Return (N, N) with a 1 for every j among nearest[i], for nearest (N, k) indices."""
+    num, k = nearest.shape
+    ones = np.ones(num * k, dtype=np.float32)
+    return scipy.sparse.csr_matrix((ones, nearest.ravel(), np.arange(num + 1) * k), shape=(num, num))
+
+
+def _reciprocal(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
+    """Return (N, N) with a 1 where i and j are among each other's nearest (N, k)."""
+    indicator = _indicator(nearest)
+    return indicator.multiply(indicator.T).tocsr()
+
+
+def _minimum_sums(queries: scipy.sparse.csr_matrix, gallery: scipy.sparse.csc_matrix) -> np.ndarray:
+    """Return (Q, G) float32: the sum over columns of min(queries[q], gallery[g]), for (Q, N) and (G, N).
+
+    Each entry of a query meets the few gallery entries of its column: PAIRS such meetings at a time.
+    """
+    num_gallery = gallery.shape[0]
+    sums = np.empty((queries.shape[0], num_gallery), dtype=np.float32)
+    lengths = np.diff(gallery.indptr)[queries.indices]  # of the column of each query entry
+    starts = gallery.indptr[queries.indices]
+    meetings = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    first = 0
+    while first < len(sums):
+        budget = meetings[queries.indptr[first]] + PAIRS
+        last = max(first + 1, np.searchsorted(meetings[queries.indptr], budget, side="right") - 1)
+        entries = slice(queries.indptr[first], queries.indptr[last])
+        count = lengths[entries]
+        ours = np.repeat(np.arange(entries.start, entries.stop), count)
+        theirs = np.arange(count.sum()) + np.repeat(starts[entries] - (count.cumsum() - count), count)
+        line = np.repeat(np.arange(last - first), np.diff(queries.indptr[first : last + 1]))
+        cell = (line * num_gallery)[ours - entries.start] + gallery.indices[theirs]
+        smaller = np.minimum(queries.data[ours], gallery.data[theirs])
+        sums[first:last] = np.bincount(cell, smaller, (last - first) * num_gallery).reshape(-1, num_gallery)
+        first = last
+    return sums
