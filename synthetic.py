@@ -1,0 +1,289 @@
+"""Draw a synthetic visible-infrared re-identification dataset as image files.
+
+    python synthetic.py --dataset sysu --data-path data/sysu-synthetic --contact-sheet people.png
+
+The folder has the exact layout of SYSU-MM01, RegDB or LLCM (docs/method.md, section 8), so that every script
+of this project reads it as it would the real one. people.py draws the images.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from people import MOMENT, SPLIT, make_camera, make_identity, render
+from utils import Parser, UserError, at_least, run_script, whole_file
+
+# Defaults per dataset: training identities, test identities, images per identity and camera.
+SIZES = {"sysu": (100, 40, 5), "regdb": (50, 50, 10), "llcm": (60, 30, 3)}
+CAMERAS = {
+    "sysu": {"visible": (1, 2, 4, 5), "infrared": (3, 6)},
+    "regdb": {"visible": (1,), "infrared": (1,)},
+    "llcm": {"visible": tuple(range(1, 10)), "infrared": (1, 2, 4, 5, 6, 7, 8, 9)},
+}
+TRIALS = 10  # RegDB's splits, and the permutations of rand_perm_cam.mat
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One image to draw: its file below the dataset's root, and what it shows; index counts from 0."""
+
+    path: str
+    pid: int
+    camid: int
+    modality: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A dataset before it is drawn: its images and its other files (name below the root -> content)."""
+
+    dataset: str
+    shots: list[Shot]
+    texts: dict[str, str]
+    permutations: np.ndarray | None = None  # SYSU-MM01's rand_perm_cam
+
+
+def _attendance(rng: np.random.Generator, cameras: tuple[int, ...]) -> list[int]:
+    """The cameras that saw an identity: as in the real sets not always all of them, but most."""
+    missing = rng.integers(0, (len(cameras) + 2) // 4 + 1) if len(cameras) > 1 else 0
+    return sorted(rng.permutation(cameras)[missing:].tolist())
+
+
+def _sparse_pids(rng: np.random.Generator, count: int) -> list[int]:
+    """count pids in random order from 1 upward with gaps, as in the real sets, where a pid is not a label."""
+    return rng.permutation(np.arange(1, count + count // 10 + 2))[:count].tolist()
+
+
+def _line(pids: list[int]) -> str:
+    return ",".join(map(str, sorted(pids))) + "\n"
+
+
+def plan_sysu(identities: int, test_identities: int, images: int, seed: int) -> Plan:
+    """SYSU-MM01's layout; a fifth of the training identities (at least one) are validation's."""
+    rng = np.random.default_rng([seed, SPLIT])
+    pids = _sparse_pids(rng, identities + test_identities)
+    held = max(1, identities // 5)
+    splits = {"val": pids[:held], "train": pids[held:identities], "test": pids[identities:]}
+    shots = []
+    cells = np.empty((6, 1), object)
+    for camera in range(6):
+        cells[camera, 0] = np.empty((max(pids), 1), object)
+        for cell in range(max(pids)):
+            cells[camera, 0][cell, 0] = np.zeros((TRIALS, 0), np.uint8)
+    for pid in sorted(pids):
+        for modality, cameras in CAMERAS["sysu"].items():
+            for camid in _attendance(rng, cameras):
+                names = [f"cam{camid}/{pid:04d}/{index + 1:04d}.jpg" for index in range(images)]
+                shots += [Shot(name, pid, camid, modality, index) for index, name in enumerate(names)]
+                orders = np.stack([rng.permutation(images) + 1 for _ in range(TRIALS)])
+                cells[camid - 1, 0][pid - 1, 0] = orders.astype(np.uint8 if images < 256 else np.uint16)
+    texts = {f"exp/{split}_id.txt": _line(members) for split, members in splits.items()}
+    return Plan("sysu", shots, texts, cells)
+
+
+def plan_regdb(identities: int, test_identities: int, images: int, seed: int) -> Plan:
+    """RegDB's layout: ten random splits of all identities into training and test."""
+    rng = np.random.default_rng([seed, SPLIT])
+    shots, texts = [], {}
+    for pid in range(1, identities + test_identities + 1):
+        for modality, folder in (("visible", "Visible"), ("infrared", "Thermal")):
+            names = [f"{folder}/{pid}/{folder[0].lower()}_{index + 1:05d}.bmp" for index in range(images)]
+            shots += [Shot(name, pid, 1, modality, index) for index, name in enumerate(names)]
+    for trial in range(1, TRIALS + 1):
+        pids = rng.permutation(np.arange(1, identities + test_identities + 1)).tolist()
+        for split, members in (("train", sorted(pids[:identities])), ("test", sorted(pids[identities:]))):
+            labels = {pid: label for label, pid in enumerate(members)}
+            for modality, name in (("visible", "visible"), ("infrared", "thermal")):
+                rows = [s for s in shots if s.modality == modality and s.pid in labels]
+                texts[f"idx/{split}_{name}_{trial}.txt"] = "".join(
+                    f"{s.path} {labels[s.pid]}\n" for s in rows
+                )
+    return Plan("regdb", shots, texts)
+
+
+def plan_llcm(identities: int, test_identities: int, images: int, seed: int) -> Plan:
+    """LLCM's layout: training images by identity, test images by camera."""
+    rng = np.random.default_rng([seed, SPLIT])
+    pids = _sparse_pids(rng, identities + test_identities)
+    labels = {pid: label for label, pid in enumerate(sorted(pids[:identities]))}
+    shots = []
+    texts = {"idx/train_vis.txt": "", "idx/train_nir.txt": "", "idx/test_id.txt": _line(pids[identities:])}
+    for pid in sorted(pids):
+        for modality, name in (("visible", "vis"), ("infrared", "nir")):
+            for camid in _attendance(rng, CAMERAS["llcm"][modality]):
+                for index in range(images):
+                    second, frame = rng.integers(100000, 240000), rng.integers(100, 9999)
+                    file = f"{pid:04d}_c{camid:02d}_s{second}_f{frame}_{name}.jpg"
+                    if pid in labels:
+                        file = f"{name}/{pid:04d}/{file}"
+                        texts[f"idx/train_{name}.txt"] += f"{file} {labels[pid]}\n"
+                    else:
+                        file = f"test_{name}/cam{camid}/{pid:04d}/{file}"
+                    shots.append(Shot(file, pid, camid, modality, index))
+    return Plan("llcm", shots, texts)
+
+
+PLANS = {"sysu": plan_sysu, "regdb": plan_regdb, "llcm": plan_llcm}
+
+
+def draw_shot(shot: Shot, root: str, dataset: str, seed: int, height: int, width: int) -> None:
+    """Draw one image file; its bytes depend on the arguments alone."""
+    camera = make_camera(seed, shot.modality, shot.camid, thermal=dataset == "regdb")
+    rng = np.random.default_rng([seed, MOMENT, camera.key[2], shot.pid, shot.camid, shot.index])
+    image = render(make_identity(seed, shot.pid), camera, rng, height, width)
+    image.save(Path(root, shot.path), quality=90)  # BMP has no quality and ignores it
+
+
+def draw_dataset(
+    plan: Plan, root: str | os.PathLike, seed: int = 0, height: int = 160, width: int = 64, workers: int = 1
+) -> None:
+    """Draw a planned dataset into the folder root, whole or not at all.
+
+    Args:
+        plan: what to draw, from plan_sysu, plan_regdb or plan_llcm.
+        root: a folder that does not exist yet or is empty.
+        seed: same seed and plan, same bytes, whatever the number of workers.
+        height, width: of the images, in pixels.
+        workers: processes that draw; with 0 or 1 this process does.
+
+    Raises:
+        UserError: root holds something already, or cannot be written.
+    """
+    root = Path(root)
+    temporary = None
+    try:
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise UserError(f"--data-path {root}: exists and is not an empty folder; nothing was drawn")
+        root.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".part", dir=root.parent))
+        inside = temporary / "dataset"  # mkdtemp's folder is private; this one has the usual permissions
+        for folder in {Path(name).parent for name in [*plan.texts, *(shot.path for shot in plan.shots)]}:
+            (inside / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in plan.texts.items():
+            (inside / name).write_text(text)
+        if plan.permutations is not None:
+            (inside / "exp" / "rand_perm_cam.mat").write_bytes(_mat_bytes(plan.permutations))
+        _draw_all(plan, inside, seed, height, width, workers)
+        if root.exists():
+            root.rmdir()
+        inside.rename(root)
+    except OSError as error:
+        raise UserError(f"--data-path {root}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _mat_bytes(permutations: np.ndarray) -> bytes:
+    """rand_perm_cam.mat, with a fixed text where SciPy's header has the time: same seed, same bytes."""
+    buffer = io.BytesIO()
+    scipy.io.savemat(buffer, {"rand_perm_cam": permutations})
+    return b"MATLAB 5.0 MAT-file, drawn by synthetic.py".ljust(116) + buffer.getvalue()[116:]
+
+
+def _draw_all(plan: Plan, root: Path, seed: int, height: int, width: int, workers: int) -> None:
+    draw = partial(draw_shot, root=str(root), dataset=plan.dataset, seed=seed, height=height, width=width)
+    progress = partial(tqdm, total=len(plan.shots), desc="drawing", unit="image", disable=None)
+    if workers <= 1:
+        for _ in progress(map(draw, plan.shots)):
+            pass
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for _ in progress(pool.map(draw, plan.shots, chunksize=8)):
+            pass
+
+
+def contact_sheet(plan: Plan, root: str | os.PathLike, path: str | os.PathLike, identities: int = 8) -> None:
+    """Write a picture of a drawn dataset: a row for each of some identities, a column for each camera.
+
+    The rows are the identities that the most cameras saw; with few cameras each gets several columns.
+    Raises UserError if path cannot be written.
+    """
+    cameras = sorted({(shot.modality != "visible", shot.camid) for shot in plan.shots})
+    repeats = max(1, 6 // len(cameras))
+    shots = {(s.pid, s.modality != "visible", s.camid, s.index): s for s in plan.shots if s.index < repeats}
+    columns = [(*camera, index) for camera in cameras for index in range(repeats)]
+    pids = sorted({shot.pid for shot in plan.shots})
+    pids.sort(key=lambda pid: -sum((pid, *column) in shots for column in columns))
+    pids = sorted(pids[:identities])
+    with Image.open(Path(root, plan.shots[0].path)) as first:
+        width, height = first.size
+    gap, left, top = 4, 54, 34
+    sheet = Image.new("RGB", (left + len(columns) * (width + gap), top + len(pids) * (height + gap)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, (infrared, camid, _) in enumerate(columns):
+        word = "visible" if not infrared else "thermal" if plan.dataset == "regdb" else "infrared"
+        pen.text((left + i * (width + gap), 3), f"camera {camid}\n{word}", "black", font)
+        for j, pid in enumerate(pids):
+            if i == 0:
+                pen.text((4, top + j * (height + gap) + height // 2), f"id {pid:04d}", "black", font)
+            if (shot := shots.get((pid, *columns[i]))) is not None:
+                with Image.open(Path(root, shot.path)) as image:
+                    sheet.paste(image, (left + i * (width + gap), top + j * (height + gap)))
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def get_args_parser() -> Parser:
+    """The command line of this script."""
+    parser = Parser(
+        description="Draw a synthetic dataset of people in the layout of SYSU-MM01, RegDB or LLCM."
+    )
+    train, test, images = (
+        ", ".join(f"{name} {size}" for name, size in zip(SIZES, column, strict=True))
+        for column in zip(*SIZES.values(), strict=True)
+    )
+    some, one = at_least(2), at_least(1)
+    add = parser.add_argument
+    add("--dataset", choices=SIZES, required=True, help="whose layout to draw")
+    add("--data-path", required=True, metavar="DIR", help="folder to draw into: new or empty")
+    add("--identities", type=some, metavar="N", help=f"training identities ({train})")
+    add("--test-identities", type=some, metavar="N", help=f"test identities ({test})")
+    add("--images", type=one, metavar="N", help=f"images of an identity by a camera ({images})")
+    add("--img-h", type=at_least(16), default=160, metavar="PIXELS", help="their height (160)")
+    add("--img-w", type=at_least(8), default=64, metavar="PIXELS", help="their width (64)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same bytes (0)")
+    add(
+        "--workers",
+        type=at_least(0),
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes (one per core)",
+    )
+    add(
+        "--contact-sheet",
+        metavar="FILE.png",
+        help="also write a picture of some identities",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draw the dataset that the command line asks for, and say what was drawn."""
+    given = (args.identities, args.test_identities, args.images)
+    sizes = [
+        default if value is None else value for value, default in zip(given, SIZES[args.dataset], strict=True)
+    ]
+    plan = PLANS[args.dataset](*sizes, args.seed)
+    draw_dataset(plan, args.data_path, args.seed, args.img_h, args.img_w, args.workers)
+    print(f"{args.data_path}: {len(plan.shots)} images of {sizes[0]} training and {sizes[1]} test identities")
+    if args.contact_sheet:
+        contact_sheet(plan, args.data_path, args.contact_sheet)
+        print(f"{args.contact_sheet}: a contact sheet")
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args())
