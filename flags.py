@@ -1,0 +1,138 @@
+"""The command line of train.py."""
+
+import argparse
+
+from data_manager import DATASETS
+from loss import PROXIES
+from model import ARCHS, STEMS
+from utils import Parser, UserError, at_least, data_flags, device_flags, positive, typed_flags
+
+
+def training_parser() -> Parser:
+    """The command line; what depends on the dataset has its default from DATASETS."""
+    parser = Parser(
+        description="Train memory-based contrastive embedding. Defaults stand in brackets.",
+        parents=[data_flags(), device_flags()],
+    )
+    data = next(group for group in parser._action_groups if group.title == "data")
+    data.add_argument("--dataset", choices=DATASETS, default="sysu", help="which dataset (sysu)")
+    data.add_argument("--array-path", metavar="DIR", help="training arrays (the dataset's folder)")
+    data.add_argument("--trial", metavar="N", default="1", help="RegDB's split, 1 to 10, or all in turn (1)")
+    data.add_argument(
+        "--cache", choices=("auto", "device", "host", "disk"), default="auto",
+        help="where the training pixels live; auto: the GPU if they fit in a third of its free memory, "
+        "else memory-mapped from disk (auto)",
+    )  # fmt: skip
+    network = parser.add_argument_group("network")
+    network.add_argument("--arch", choices=ARCHS, default="resnet50", help="trunk (resnet50)")
+    network.add_argument(
+        "--stem", choices=STEMS, default="two-stream", help="shared: as in the released code (two-stream)"
+    )
+    network.add_argument(
+        "--weights", default="imagenet", metavar="imagenet|none|FILE", help="where training starts (imagenet)"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs",
+        type=at_least(0),
+        default=160,
+        metavar="N",
+        help="epochs in all; 0: evaluate and save the untrained network (160)",
+    )
+    training.add_argument("--lr", type=positive, default=3.5e-4, metavar="RATE", help="base rate (0.00035)")
+    training.add_argument(
+        "--warmup-epochs", type=at_least(1), default=10, metavar="N",
+        help="epochs over which the rate rises to its base (10)",
+    )  # fmt: skip
+    training.add_argument(
+        "--decay-epochs", type=at_least(0), nargs=2, metavar="N",
+        help="the rate falls tenfold after the first and again from the second on (20 40, RegDB 30 60)",
+    )  # fmt: skip
+    training.add_argument(
+        "--batch-size", type=at_least(1), default=8, metavar="IDENTITIES",
+        help="identities of a batch, per process (8)",
+    )  # fmt: skip
+    training.add_argument(
+        "--num-pos", type=at_least(1), metavar="IMAGES",
+        help="images of an identity and modality in a batch (4, RegDB 5)",
+    )  # fmt: skip
+    training.add_argument(
+        "--proxies",
+        choices=PROXIES,
+        default="historical",
+        help="what the align term compares with (historical)",
+    )
+    training.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all randomness (0)")
+    training.add_argument(
+        "--deterministic", action="store_true", help="bit for bit the same again on a GPU too"
+    )
+    training.add_argument(
+        "--compile", action="store_true", help="torch.compile the network: slow start, faster steps"
+    )
+    evaluation = parser.add_argument_group("evaluation during training")
+    evaluation.add_argument(
+        "--mode", help="protocol (sysu: all or indoor; others: visible-to-infrared or back)"
+    )
+    evaluation.add_argument(
+        "--select", choices=("test", "val", "last"), default="test",
+        help="_best.t is chosen on the test split, as the literature does; on the val ids, which are then "
+        "not trained on (sysu); or not at all (test)",
+    )  # fmt: skip
+    evaluation.add_argument(
+        "--eval-start", type=at_least(0), default=10, metavar="N", help="after epoch N (10)"
+    )
+    evaluation.add_argument(
+        "--eval-every", type=at_least(1), default=2, metavar="N", help="every N epochs (2)"
+    )
+    outputs = parser.add_argument_group("outputs and resuming")
+    outputs.add_argument("--model-path", default="save_model", metavar="DIR", help="(save_model)")
+    outputs.add_argument("--log-path", default="log", metavar="DIR", help="(log)")
+    outputs.add_argument(
+        "--resume", metavar="FILE|auto", help="go on with a run; auto: the one of these settings"
+    )
+    outputs.add_argument("--overwrite", action="store_true", help="replace a run of these settings")
+    outputs.add_argument(
+        "--check", action="store_true", help="do everything but train, and say what was found"
+    )
+    return parser
+
+
+def dataset_defaults(name: str) -> dict[str, object]:
+    """The flags' defaults that a dataset decides."""
+    if name not in DATASETS:  # a checkpoint may say anything
+        raise UserError(f"--dataset {name}: choose from {', '.join(DATASETS)}")
+    facts = DATASETS[name]
+    return {
+        "img_h": facts.height,
+        "img_w": facts.width,
+        "num_pos": facts.num_pos,
+        "decay_epochs": list(facts.decay_epochs),
+        "mode": facts.modes[0],
+    }
+
+
+def parse_training_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The settings; also what was typed of them, `typed`, and the `defaults` of all flags."""
+    parser = training_parser()
+    typed = typed_flags(parser, argv)
+    parser.set_defaults(**dataset_defaults(typed.get("dataset", "sysu")))
+    defaults = vars(parser.parse_args([]))
+    return argparse.Namespace(
+        **defaults | typed, typed=typed, defaults=defaults, dataset_defaults=dataset_defaults
+    )
+
+
+def trials_of(args: argparse.Namespace) -> list[int]:
+    """The trials that --trial asks for; datasets other than RegDB have one training split."""
+    valid = list(DATASETS[args.dataset].trials)
+    if args.dataset != "regdb":
+        if "trial" in args.typed:
+            raise UserError(
+                f"--trial: {DATASETS[args.dataset].title} has one training split; only RegDB has ten"
+            )
+        return valid[:1]
+    if args.trial == "all":
+        return valid
+    if args.trial not in map(str, valid):
+        raise UserError(f"--trial {args.trial}: RegDB's trials are {valid[0]} to {valid[-1]}, or all")
+    return [int(args.trial)]

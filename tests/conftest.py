@@ -1,0 +1,88 @@
+"""What several test files use: the scripts as a user runs them, a tiny SYSU-MM01, a finished run on it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import synthetic
+import train
+from data_manager import class_labels, train_samples
+from flags import parse_training_args
+from images import write_training_arrays
+from utils import run_script as run_main
+
+torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, and long where cores are shared
+REPOSITORY = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # tests run side by side: one thread each
+
+
+def command(script, *args):
+    """The words of `python SCRIPT ARGS` for a script of the repository."""
+    return [sys.executable, str(REPOSITORY / script), *map(str, args)]
+
+
+def run_script(script, *args, cwd, env=None, timeout=300):
+    """Run a script of the repository in the folder cwd and return its CompletedProcess, with text."""
+    return subprocess.run(
+        command(script, *args), cwd=cwd, env=os.environ | ENVIRONMENT | (env or {}),
+        capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def tiny_flags(root):
+    """Flags that train on the dataset at root in seconds, on the CPU, the same on every machine."""
+    return [
+        "--data-path", str(root), "--img-h", "32", "--img-w", "16", "--arch", "resnet18", "--weights", "none",
+        "--batch-size", "4", "--num-pos", "2", "--gpu", "-1", "--amp", "off", "--workers", "1",
+    ]  # fmt: skip
+
+
+def draw_sysu(root, identities=8, seed=0):
+    """Draw a tiny SYSU-MM01 at root, with training arrays of 32x16; a fifth of the identities validate."""
+    synthetic.draw_dataset(synthetic.plan_sysu(identities, 4, 2, seed), root, seed, height=48, width=24)
+    samples = train_samples("sysu", root)
+    paths = {modality: those.paths for modality, those in samples.items()}
+    pids = sorted({int(pid) for pid in samples["visible"].pids})
+    write_training_arrays(root, paths, class_labels(samples), pids, 32, 16, workers=1)
+    return root
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=10, help="how often the kill test kills a run (10)")
+
+
+@pytest.fixture
+def train_here(tmp_path, monkeypatch, capsys):
+    """train.py without a new interpreter, in the folder tmp_path/work: (exit status, output, error lines)."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def train_here(*args):
+        argv = list(map(str, args))
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        with pytest.raises(SystemExit) as exit_:
+            run_main(train.main, parse_training_args(argv))
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err.strip().splitlines()
+
+    return train_here
+
+
+@pytest.fixture(scope="session")
+def sysu(tmp_path_factory):
+    """The folder of a tiny SYSU-MM01, shared: tests that change it work on a copy."""
+    return draw_sysu(tmp_path_factory.mktemp("data") / "sysu")
+
+
+@pytest.fixture(scope="session")
+def trained(sysu, tmp_path_factory):
+    """A finished run of two epochs, each evaluated: (the folder it ran in, its CompletedProcess)."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [*tiny_flags(sysu), "--epochs", "2", "--eval-start", "0", "--eval-every", "1"]
+    done = run_script("train.py", *flags, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done

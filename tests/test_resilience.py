@@ -1,0 +1,402 @@
+"""A run is killed, stopped, starved of disk and fed rubbish. pytest --kills N: more kills."""
+
+import errno
+import os
+import pickle
+import random
+import resource
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from conftest import ENVIRONMENT, REPOSITORY, command, tiny_flags
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from checkpoints import load_checkpoint
+from flags import parse_training_args
+from runs import Run, open_run
+
+EPOCHS = 4
+
+
+def only(folder, pattern):
+    [path] = folder.glob(pattern)
+    return path
+
+
+def start(folder, *args):
+    """train.py in a process group of its own, in a folder; what it prints goes to the folder's `output`."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "output", "w") as output:
+        return subprocess.Popen(
+            command("train.py", *args), cwd=folder, env=os.environ | ENVIRONMENT, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def wait_until_it_says(words, process, folder, seconds=300):
+    """Wait until the process has printed words or has ended."""
+    deadline = time.monotonic() + seconds
+    while words not in (output := (folder / "output").read_text()) and process.poll() is None:
+        assert time.monotonic() < deadline, output
+        time.sleep(0.02)
+
+
+def stop_everything(process):
+    """Kill what is left of a process and wait for it."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# Killed and resumed
+
+
+def kill_and_resume(folder, flags, kills, rng, epoch_seconds):
+    """Start runs in folder, kill and resume each at random moments, until all kills are spent and it is done.
+
+    Returns the folders of the runs: more than one where a run was done before its kill came.
+    """
+    done = []
+    while kills or not done or (folder / str(len(done))).exists():
+        run = folder / str(len(done))
+        process = start(run, *flags, "--resume", "auto")
+        try:
+            if kills:
+                wait_until_it_says("\n", process, run)
+                process.wait(rng.uniform(0, 2 * epoch_seconds))
+            assert process.wait(300) == 0, (run / "output").read_text()
+            done.append(run)
+        except subprocess.TimeoutExpired:
+            assert kills, "the run did not end"
+            kills -= 1
+        finally:
+            stop_everything(process)
+    return done
+
+
+def epochs_of(log):
+    """What a log says of each epoch, without the times."""
+    lines = [line[20:].split("; memory")[0] for line in log.read_text().splitlines()]
+    return [line for line in lines if line.startswith(("epoch ", "  SYSU-MM01"))]
+
+
+def scalars_of(events):
+    """{tag: [(step, value)]} as TensorBoard shows them, without what is a measure of time."""
+    accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in accumulator.Tags()["scalars"] if " of " not in tag and "second" not in tag]
+    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
+
+
+def test_killed_runs_end_as_one_left_alone(sysu, tmp_path, pytestconfig):
+    flags = [*tiny_flags(sysu), "--epochs", EPOCHS, "--eval-start", 0, "--eval-every", 2]
+    alone = tmp_path / "alone"
+    process = start(alone, *flags)
+    try:
+        wait_until_it_says("run: ", process, alone)
+        began = time.monotonic()
+        assert process.wait(300) == 0, (alone / "output").read_text()
+    finally:
+        stop_everything(process)
+    epoch_seconds = (time.monotonic() - began) / EPOCHS
+
+    seed, kills = random.randrange(10**6), pytestconfig.getoption("kills")
+    print(f"seed {seed}")
+    with ThreadPoolExecutor(2) as pool:
+        parts = [
+            pool.submit(
+                kill_and_resume, tmp_path / name, flags, share, random.Random(seed + share), epoch_seconds
+            )
+            for name, share in (("a", kills // 2), ("b", kills - kills // 2))
+            if (tmp_path / name).mkdir() is None
+        ]
+        runs = [run for part in parts for run in part.result()]
+
+    expected = load_checkpoint(only(alone, "save_model/*_last.t"))
+    expected_best = load_checkpoint(only(alone, "save_model/*_best.t"))
+    for run in runs:
+        last = load_checkpoint(only(run, "save_model/*_last.t"))
+        best = load_checkpoint(only(run, "save_model/*_best.t"))
+        for key in ("epoch", "cmc", "mAP", "mINP", "best", "data", "protocol"):
+            assert last[key] == expected[key], key
+            assert best[key] == expected_best[key], key
+        for name, weight in expected["net"].items():
+            assert torch.equal(last["net"][name], weight), name
+            assert torch.equal(best["net"][name], expected_best["net"][name]), name
+        for index, moments in expected["optimizer"]["state"].items():
+            for key, value in moments.items():
+                assert torch.equal(last["optimizer"]["state"][index][key], value)
+        assert epochs_of(only(run, "log/sysu_log/*.log")) == epochs_of(only(alone, "log/sysu_log/*.log"))
+        assert scalars_of(only(run, "log/vis_log/*")) == scalars_of(only(alone, "log/vis_log/*"))
+        assert not list(run.glob("save_model/.*.part"))
+    assert len(epochs_of(only(alone, "log/sysu_log/*.log"))) == EPOCHS + EPOCHS // 2
+    scalars = scalars_of(only(alone, "log/vis_log/*"))
+    assert [step for step, _ in scalars["loss/loss"]] == list(range(1, EPOCHS + 1))
+    assert [step for step, _ in scalars["mAP"]] == [2, 4]
+
+
+# Stopped
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_run_and_says_how_to_go_on(sysu, tmp_path, monkeypatch, signum, status):
+    flags = [*tiny_flags(sysu), "--epochs", 1000, "--eval-start", 999]
+    folder = tmp_path / "run"
+    process = start(folder, *flags)
+    try:
+        wait_until_it_says("epoch 1/1000", process, folder)
+        os.killpg(process.pid, signum)  # as a terminal and a batch system send it
+        assert process.wait(120) == status, (folder / "output").read_text()
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)  # nobody is left of its group
+    finally:
+        stop_everything(process)
+    output = (folder / "output").read_text()
+    assert "Traceback" not in output
+    words = shlex.split(output.splitlines()[-1].partition("to continue: ")[2])
+    assert words[0] == "python"
+    assert words[1].endswith("train.py")
+    monkeypatch.chdir(folder)
+    args, run, checkpoint = open_run(parse_training_args(words[2:]), 1)
+    assert checkpoint["epoch"] >= 1
+    assert args.epochs == 1000
+    assert checkpoint["epoch"] == output.count("\nepoch ")
+    run.acquire()  # its lock is free
+    run.release()
+
+
+def test_a_signal_stops_an_evaluation(sysu, tmp_path, train_here, monkeypatch):
+    class Stopping(train.Training):
+        def evaluate(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().evaluate()
+
+    monkeypatch.setattr(train, "Training", Stopping)
+    status, output, _ = train_here(*tiny_flags(sysu), "--epochs", 0)
+    assert status == 143
+    assert "rank-1" not in output
+    assert "--resume auto" in output.splitlines()[-1]
+
+
+def test_the_second_signal_stops_at_once(tmp_path):
+    code = (
+        "import time, utils\n"
+        "with utils.stop_signals():\n"
+        "    while True:\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(0.05)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        for _ in range(5):  # the first is noted, and the program goes on to where it may stop
+            assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == -signal.SIGINT
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+# Two runs
+
+
+def test_the_second_run_is_refused_while_the_first_lives(sysu, tmp_path, monkeypatch, train_here):
+    flags = [*tiny_flags(sysu), "--epochs", 1000, "--eval-start", 999]
+    folder = tmp_path / "work"
+    process = start(folder, *flags)
+    try:
+        wait_until_it_says("run: ", process, folder)
+        for more in ([], ["--overwrite"], ["--resume", "auto"]):
+            status, _, errors = train_here(*flags, *more)
+            assert status == 2
+            assert "another process is training" in errors[0]
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+        _, run, _ = open_run(parse_training_args(list(map(str, flags))), 1)
+        run.acquire()  # a dead process holds no lock
+        run.release()
+    finally:
+        stop_everything(process)
+
+
+def test_a_run_clears_its_own_leftovers_and_nobody_elses(tmp_path):
+    mine, others = tmp_path / ".a_last.t.x1.part", tmp_path / ".a_seed1_last.t.x2.part"
+    for path in (mine, others):
+        path.touch()
+    run = Run("a", "sysu", tmp_path, tmp_path / "log")
+    run.acquire()
+    run.release()
+    assert not mine.exists()
+    assert others.exists()  # another run may be writing it just now
+
+
+def test_the_seed_decides_the_weights(sysu, tmp_path, train_here):
+    flags = [*tiny_flags(sysu), "--epochs", 1]
+    weights = {}
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        status, output, _ = train_here(*flags, "--seed", seed, "--model-path", tmp_path / name)
+        assert status == 0, output
+        weights[name] = load_checkpoint(only(tmp_path / name, f"*_seed{seed}_*_last.t"))["net"]
+        shutil.rmtree("log")
+    assert all(torch.equal(weights["again"][key], value) for key, value in weights["first"].items())
+    assert not torch.equal(weights["other"]["neck.weight"], weights["first"]["neck.weight"])
+
+
+# Full disks
+
+
+@pytest.fixture
+def unfinished(trained, tmp_path):
+    """A copy of a run after two epochs: (its `_last.t`, the flags that continue it for a third)."""
+    shutil.copytree(trained[0], tmp_path / "copy")
+    last = only(tmp_path / "copy", "save_model/*_last.t")
+    return last, ["--resume", last, "--log-path", tmp_path / "copy" / "log", "--epochs", 3]
+
+
+@pytest.mark.parametrize("size", [20_000_000, 20_000, 2_000])  # no checkpoint fits; no log either
+def test_a_full_disk_leaves_the_former_checkpoint(unfinished, train_here, size):
+    last, flags = unfinished
+    before = last.read_bytes()
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))  # Python ignores SIGXFSZ: writes fail
+    try:
+        status, _, errors = train_here(*flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert status == 2
+    assert len(errors) == 1, errors
+    assert "cannot write" in errors[0]
+    assert last.read_bytes() == before
+    assert not list(last.parent.glob(".*.part"))
+    assert train_here(*flags)[0] == 0  # with room again, it goes on
+    assert len(epochs_of(only(last.parents[1], "log/sysu_log/*.log"))) == 6
+
+
+def test_events_that_cannot_be_written_stop_the_run(unfinished, train_here, monkeypatch):
+    last, flags = unfinished
+    before = last.read_bytes()
+
+    def full(writer):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(train.SummaryWriter, "flush", full)
+    status, _, errors = train_here(*flags)
+    assert status == 2
+    assert "cannot write" in errors[-1]
+    assert "vis_log" in errors[-1]
+    assert last.read_bytes() == before
+
+
+def test_a_small_disk_is_refused_before_the_first_epoch(sysu, train_here, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 9 * 10**8, 10**8)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    status, output, errors = train_here(*tiny_flags(sysu), "--epochs", 1)
+    assert status == 2
+    assert "--model-path" in errors[0]
+    assert "100 MB free" in errors[0]
+    assert "epoch 1" not in output
+
+
+def test_the_checkpoints_that_are_there_count_as_room(unfinished, train_here, monkeypatch):
+    _, flags = unfinished
+    usage = namedtuple("usage", "total used free")(10**9, 8 * 10**8, 2 * 10**8)  # enough with what goes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert train_here(*flags, "--check")[0] == 0
+
+
+# What is not finite
+
+
+def test_weights_that_are_not_finite_stop_the_run(sysu, tmp_path, train_here):
+    state = torchvision.models.resnet18().state_dict()
+    state["layer1.0.conv1.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "resnet18.pth")
+    flags = [*tiny_flags(sysu), "--weights", tmp_path / "resnet18.pth", "--epochs", 1]
+    status, _, errors = train_here(*flags)
+    assert status == 2
+    assert len(errors) == 1
+    assert all(words in errors[0] for words in ("epoch 1, step 1", "total", "shared", "no epoch was good"))
+    assert not list(Path("save_model").glob("*.t"))
+
+
+def spoil(monkeypatch, at, how):
+    """Let the at-th loss (from 1) be spoilt: how(total, terms) -> (total, terms)."""
+    steps = []
+
+    def spoilt(*args, **kwargs):
+        steps.append(None)
+        total, terms = mce_loss(*args, **kwargs)
+        return how(total, terms) if len(steps) == at else (total, terms)
+
+    mce_loss = train.mce_loss
+    monkeypatch.setattr(train, "mce_loss", spoilt)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(unfinished, train_here, monkeypatch):
+    last, flags = unfinished
+    before = last.read_bytes()
+    inf = torch.tensor(torch.inf)
+    spoil(monkeypatch, 3, lambda total, terms: (total, terms | {"align": inf}))
+    status, _, errors = train_here(*flags)
+    assert status == 2
+    assert "epoch 3, step 3: align;" in errors[0]
+    assert f"the last good checkpoint is {last}, after epoch 2" in errors[0]
+    assert last.read_bytes() == before
+
+
+def test_a_weight_that_is_not_finite_stops_the_run(unfinished, train_here, monkeypatch):
+    last, flags = unfinished
+    before = last.read_bytes()
+    spoil(monkeypatch, 8, lambda total, terms: (total + (0 * total).sqrt(), terms))  # 0, its gradient NaN
+    status, _, errors = train_here(*flags)
+    assert status == 2
+    assert "the weight " in errors[0]
+    assert "after epoch 3" in errors[0]
+    assert f"the last good checkpoint is {last}" in errors[0]
+    assert last.read_bytes() == before
+
+
+# Files that would run code
+
+
+class Code:
+    """Its pickle, once read, creates the file at path."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {shlex.quote(str(self.path))}",)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_malicious_pickle_runs_nothing(sysu, tmp_path, train_here, capsys, save):
+    file, proof = tmp_path / "gift_last.t", tmp_path / "owned"
+    gift = {"net": {"weight": torch.ones(1)}, "args": {}, "optimizer": Code(proof)}
+    save(gift, file)
+    for flag in ("--resume", "--weights"):
+        status, _, errors = train_here(*tiny_flags(sysu), flag, file)
+        assert status == 2
+        assert str(file) in errors[0]
+    test = runpy.run_path(str(REPOSITORY / "test.py"))
+    with pytest.raises(train.UserError, match="gift_last"):
+        test["main"](test["get_args_parser"]().parse_args(["--resume", str(file), "--data-path", str(sysu)]))
+    assert not proof.exists()
+    save([Code(proof)], file)
+    torch.load(file, weights_only=False) if save is torch.save else pickle.loads(file.read_bytes())
+    assert proof.exists()  # read without care, it does run

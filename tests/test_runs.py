@@ -1,0 +1,304 @@
+"""runs.py: names that tell runs apart, one writer at a time, logs and checkpoints that fit together."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import load_checkpoint, save_checkpoint
+from flags import parse_training_args
+from runs import (
+    MAY_CHANGE,
+    STATE_OF_TRAINING,
+    Run,
+    environment,
+    log_to_terminal,
+    open_run,
+    run_name,
+    versions,
+)
+from utils import UserError, log
+
+NET = {"w": torch.zeros(3)}
+# A value of each flag that is not its default.
+OTHER = {
+    "data_path": "elsewhere", "img_h": 64, "img_w": 32, "gpu": -1, "workers": 99, "amp": "off",
+    "test_batch": 7, "array_path": "arrays", "cache": "disk", "arch": "resnet18", "stem": "shared",
+    "weights": "none", "epochs": 3, "lr": 0.1, "warmup_epochs": 1, "decay_epochs": [1, 2], "batch_size": 2,
+    "num_pos": 1, "proxies": "both", "seed": 5, "deterministic": True, "compile": True, "mode": "indoor",
+    "select": "val", "eval_start": 0, "eval_every": 1, "model_path": "models", "log_path": "logs",
+    "resume": "auto", "overwrite": True, "check": True,
+}  # fmt: skip
+
+
+def name_of(words="", **changes):
+    args = parse_training_args(words.split())
+    return run_name(vars(args) | changes, args.defaults)
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run("toy_p4", "sysu", tmp_path / "save_model", tmp_path / "log")
+    run.acquire()
+    yield run
+    run.release()
+
+
+# --- names
+
+
+def test_the_name_of_a_plain_run():
+    assert name_of() == "sysu_p4_n8_lr0.00035_seed0"
+    assert name_of("--dataset regdb --trial 3") == "regdb_p5_n8_lr0.00035_seed0_trial_3"
+    assert name_of("--dataset llcm --stem shared") == "llcm_p4_n8_lr0.00035_seed0_stem-shared"
+
+
+def test_every_setting_is_in_the_name_unless_it_may_change_within_a_run():
+    defaults = parse_training_args([]).defaults
+    assert OTHER.keys() | {"dataset", "trial"} == defaults.keys()  # a new flag wants a value here
+    assert defaults.keys() > MAY_CHANGE
+    names = {key: name_of(**{key: value}) for key, value in OTHER.items()}
+    for key, name in names.items():
+        assert (name == name_of()) is (key in MAY_CHANGE), key
+    telling = [name for key, name in names.items() if key not in MAY_CHANGE]
+    assert len(set(telling)) == len(telling)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"lr": 0.0003500001}, {"lr": 0.0003500002}),
+        ({"weights": "a/b.pth"}, {"weights": "a-b.pth"}),
+        ({"weights": "a/" * 99 + "b.pth"}, {"weights": "a/" * 99 + "c.pth"}),
+        ({"weights": "w_amp-off"}, {"weights": "w", "amp": "off"}),
+        ({"decay_epochs": [12, 3]}, {"decay_epochs": [1, 23]}),
+    ],
+)
+def test_settings_that_look_alike_have_different_names(one, other):
+    assert name_of(**one) != name_of(**other)
+
+
+@pytest.mark.parametrize("weights", ["/models/my model (1)*?.pth", "../../x", "ü" * 100, "x" * 500, "a\nb"])
+def test_a_name_is_one_that_a_file_can_have(weights, tmp_path):
+    everything = OTHER | {"weights": weights, "mode": "infrared-to-visible"}
+    name = name_of("--dataset regdb --trial 10", **everything)
+    assert name.endswith("_trial_10")
+    assert Path(name).name == name
+    assert not set(" *?()\n{}") & set(name)
+    run = Run(name, "regdb", tmp_path, tmp_path / "log")
+    run.acquire()  # makes files of that name
+    run.save({"net": NET}, True, "the best")
+    run.release()
+
+
+# --- the lock
+
+
+HOLD = """
+import sys, time
+from filelock import FileLock
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("locked", ["save_model", "log/sysu_log"])
+def test_the_lock_refuses_a_second_process_and_ends_with_the_first(tmp_path, locked):
+    folders = tmp_path / "save_model", tmp_path / "log"
+    run = Run("toy_p4", "sysu", *folders)
+    run.acquire()
+    run.release()
+    command = [
+        sys.executable,
+        "-c",
+        HOLD,
+        tmp_path / locked / ".toy_p4.lock",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(UserError, match=rf"^another process is training toy_p4 in .*{locked} right"):
+                run.acquire()
+            other = Run("toy_p5", "sysu", *folders)  # another run is not in the way
+            other.acquire()
+            other.release()
+            leftover = folders[0] / ".toy_p4_last.t.abc.part"  # as a process that is killed writing leaves it
+            leftover.write_bytes(b"half")
+        finally:
+            holder.kill()
+    run.acquire()
+    assert not leftover.exists()
+    run.release()
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folders in [(tmp_path / "file", tmp_path / "log"), (tmp_path / "models", tmp_path / "file")]:
+        with pytest.raises(UserError, match=r"^cannot write in .*file"):
+            Run("toy_p4", "sysu", *folders).refuse_unwritable()
+
+
+# --- what a run leaves
+
+
+def test_files_are_where_they_are_looked_for(run, tmp_path):
+    assert run.best == tmp_path / "save_model" / "toy_p4_best.t"
+    assert run.last == tmp_path / "save_model" / "toy_p4_last.t"
+    assert run.log == tmp_path / "log" / "sysu_log" / "toy_p4.log"
+    assert run.events == tmp_path / "log" / "vis_log" / "toy_p4"
+
+
+def test_best_says_how_it_was_chosen_and_is_without_the_state_of_training(run):
+    checkpoint = {
+        "net": NET,
+        "epoch": 1,
+        "optimizer": {"lr": 1},
+        "scaler": {},
+        "log_size": 3,
+        "args": {"a": 1},
+    }
+    run.save(checkpoint, is_best=False, selection="by rank-1")
+    assert not run.best.exists()
+    run.save(checkpoint, is_best=True, selection="by rank-1")
+    assert load_checkpoint(run.last).keys() == checkpoint.keys()
+    best = load_checkpoint(run.best)
+    assert best.keys() == {"net", "epoch", "args", "selection"}
+    assert best["selection"] == "by rank-1"
+
+
+def test_a_run_that_is_there_is_not_overwritten_and_the_way_on_is_told(run):
+    run.refuse_to_overwrite(epochs=3)  # nothing there
+    save_checkpoint({"net": NET, "epoch": 2}, run.last)
+    with pytest.raises(UserError, match=r"toy_p4_last\.t is a run that stopped after epoch 2 of 3: --resume"):
+        run.refuse_to_overwrite(epochs=3)
+    with pytest.raises(UserError, match=r"toy_p4_last\.t is a finished run \(2 epochs\): --overwrite"):
+        run.refuse_to_overwrite(epochs=2)
+
+
+def test_remove_takes_all_of_the_run_and_nothing_else(run, tmp_path):
+    run.events.mkdir()
+    other = tmp_path / "save_model" / "toy_p40_last.t"
+    mine = [run.best, run.last, run.log, run.events / "events.0"]
+    for path in [*mine, other]:
+        path.write_bytes(b"x")
+    run.remove()
+    assert not any(path.exists() for path in [*mine, run.events])
+    assert other.exists()
+    run.remove()  # and again, with nothing there
+
+
+def test_the_log_goes_on_where_the_checkpoint_was_made(run, caplog):
+    caplog.set_level(logging.INFO, log.name)
+    run.open_log()
+    log.info("epoch 1")
+    size = run.log_size()
+    log.info("epoch 2, which the resumed run repeats")
+    run.release()
+    log.info("not for this log")
+    run.open_log(size)
+    log.info("epoch 2 again")
+    run.release()
+    lines = run.log.read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["epoch 1", "epoch 2 again"]
+    run.open_log(10**6)  # a log that was cut short is not filled up
+    assert run.log_size() == len("\n".join(lines)) + 1
+    run.release()
+    run.open_log(0)
+    assert run.log_size() == 0
+
+
+# --- resuming
+
+
+def arguments(tmp_path, words=""):
+    return parse_training_args(
+        f"--model-path {tmp_path}/save_model --log-path {tmp_path}/log {words}".split()
+    )
+
+
+def trained(tmp_path, words="", trial=0):
+    """The path of a checkpoint that a run with these settings leaves."""
+    args, run, checkpoint = open_run(arguments(tmp_path, words), trial)
+    assert checkpoint is None
+    saved = {key: value for key, value in vars(args).items() if key in args.defaults}
+    state = dict.fromkeys(STATE_OF_TRAINING) | {"epoch": 2, "optimizer": {}}
+    save_checkpoint(state | {"net": NET, "args": saved}, run.last)
+    return run.last
+
+
+def test_resume_auto_finds_the_run_of_these_settings_alone(tmp_path):
+    last = trained(tmp_path, "--seed 3")
+    _, run, checkpoint = open_run(arguments(tmp_path, "--seed 3 --resume auto"), 0)
+    assert (run.last, checkpoint["epoch"]) == (last, 2)
+    assert open_run(arguments(tmp_path, "--seed 4 --resume auto"), 0)[2] is None
+    assert open_run(arguments(tmp_path, "--seed 3"), 0)[2] is None
+
+
+def test_resuming_a_file_takes_its_settings_and_stays_in_its_folder(tmp_path):
+    last = trained(tmp_path, "--arch resnet18 --num-pos 2 --epochs 4")
+    args, run, checkpoint = open_run(parse_training_args(["--resume", str(last), "--epochs", "9"]), 0)
+    assert (args.arch, args.num_pos, args.epochs) == ("resnet18", 2, 9)
+    assert (run.last, checkpoint["epoch"]) == (last, 2)
+
+
+def test_what_contradicts_the_resumed_run_is_refused(tmp_path):
+    last = trained(tmp_path, "--arch resnet18")
+    open_run(parse_training_args(["--resume", str(last), "--arch", "resnet18"]), 0)
+    with pytest.raises(UserError, match=r"^--num-pos 2 contradicts .*_last\.t, whose run has 4$"):
+        open_run(parse_training_args(["--resume", str(last), "--num_pos", "2"]), 0)
+
+
+def test_a_checkpoint_without_the_state_of_training_cannot_be_resumed(tmp_path):
+    save_checkpoint({"net": NET, "epoch": 2, "args": {}}, tmp_path / "run_best.t")
+    with pytest.raises(UserError, match=r"run_best\.t holds no state of training: resume from a run's _last"):
+        open_run(parse_training_args(["--resume", str(tmp_path / "run_best.t")]), 0)
+
+
+def test_all_trials_of_regdb_go_on_where_they_are(tmp_path):
+    last = trained(tmp_path, "--dataset regdb --trial all", trial=2)
+    assert last.name.endswith("_trial_2_last.t")
+    words = "--dataset regdb --trial all"
+    assert open_run(arguments(tmp_path, words), 2)[2]["epoch"] == 2
+    assert open_run(arguments(tmp_path, words), 3)[2] is None
+    assert open_run(arguments(tmp_path, words + " --overwrite"), 2)[2] is None
+
+
+@pytest.mark.parametrize("words", ["", "--dataset regdb", "--dataset regdb --trial 3"])
+def test_a_resumed_trial_of_regdb_stays_its_own_run(words, tmp_path):
+    last = trained(tmp_path, "--dataset regdb --trial 3", trial=3)
+    args, run, _ = open_run(parse_training_args(["--resume", str(last), *words.split()]), 1)
+    assert (args.dataset, args.trial, run.last) == ("regdb", "3", last)
+
+
+def test_another_trial_than_the_resumed_one_is_refused(tmp_path):
+    last = trained(tmp_path, "--dataset regdb --trial 3", trial=3)
+    with pytest.raises(UserError, match=r"--trial 2 contradicts .*, whose run has 3"):
+        open_run(parse_training_args(["--resume", str(last), "--dataset", "regdb", "--trial", "2"]), 2)
+
+
+# --- what a result depends on
+
+
+def test_the_environment_names_command_versions_and_revision(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--data-path", "my data"])
+    command, rest = environment()
+    assert command == "command: python train.py --data-path 'my data'"
+    for name, version in versions().items():
+        assert f"{name} {version}" in rest
+    assert "; source " in rest
+
+
+@pytest.mark.parametrize(("quiet", "shown"), [(False, "progress\ntrouble\n"), (True, "trouble\n")])
+def test_the_terminal_gets_the_log_and_only_warnings_when_quiet(quiet, shown, capsys, monkeypatch):
+    for attribute in ("handlers", "level", "propagate"):
+        monkeypatch.setattr(log, attribute, getattr(log, attribute))
+    monkeypatch.setattr(log, "handlers", [])
+    log_to_terminal(quiet)
+    log.info("progress")
+    log.warning("trouble")
+    assert capsys.readouterr().out == shown

@@ -1,0 +1,433 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, REPOSITORY, tiny_flags
+from PIL import Image
+
+import train
+from checkpoints import load_checkpoint
+from data_manager import train_samples
+from flags import parse_training_args
+from runs import open_run
+
+TERMS = ("shared", "visible", "infrared", "aux", "align", "center")
+
+
+def files(folder):
+    """Every visible file below a folder."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("[!.]*") if p.is_file())
+
+
+def only(folder, pattern):
+    [path] = folder.glob(pattern)
+    return path
+
+
+# What the command line means
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ((20, 40), {0: 0.1, 4: 0.5, 9: 1, 10: 1, 20: 1, 21: 0.1, 39: 0.1, 40: 0.01, 159: 0.01}),  # SYSU, LLCM
+        ((30, 60), {0: 0.1, 9: 1, 30: 1, 31: 0.1, 59: 0.1, 60: 0.01, 159: 0.01}),  # RegDB
+    ],
+)
+def test_learning_rate(decay, expected):
+    rates = {epoch: train.learning_rate(epoch, 3.5e-4, 10, decay) for epoch in expected}
+    assert rates == pytest.approx({epoch: 3.5e-4 * factor for epoch, factor in expected.items()})
+
+
+def test_what_was_typed_wins_over_the_defaults_of_the_dataset():
+    args = parse_training_args(
+        ["--dataset", "regdb", "--num-pos", "4", "--decay-epochs", "20", "40", "--img-h", "384"]
+    )
+    assert (args.num_pos, args.decay_epochs, args.img_h) == (4, [20, 40], 384)  # SYSU-MM01's, but typed
+    args = parse_training_args(["--dataset", "regdb"])
+    assert (args.num_pos, args.decay_epochs, args.img_h, args.img_w) == (5, [30, 60], 288, 144)
+    assert args.mode == "visible-to-infrared"
+
+
+def test_the_released_spelling_of_flags():
+    args = parse_training_args(
+        ["--num_pos", "7", "--img_w=24", "--model_path", "a_b", "--log_path", "c_d", "--batch_size", "3"]
+    )
+    assert (args.num_pos, args.img_w, args.model_path, args.batch_size) == (7, 24, "a_b", 3)
+    assert args.log_path == "c_d"
+
+
+# A whole run
+
+
+def test_a_run_says_what_it_does(trained):
+    lines = trained[1].stdout.splitlines()
+    for begin in ("command: python ", "versions: Python ", "training data: 8 identities", "device: cpu"):
+        assert sum(line.startswith(begin) for line in lines) == 1, begin
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert [line.split(":")[0] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
+    assert all(f"{term} " in epochs[0] for term in TERMS)
+    assert "rate 3.50e-05" in epochs[0]
+    assert "rate 7.00e-05" in epochs[1]
+    evaluations = [line for line in lines if line.startswith("  SYSU-MM01, all, single-shot")]
+    assert len(evaluations) == 2
+    assert all(word in evaluations[0] for word in ("rank-1", "mAP", "mINP"))
+    assert lines[-1].startswith("finished: save_model")
+    assert trained[1].stderr == ""
+
+
+def test_a_run_writes_its_files_and_no_others(trained):
+    folder = trained[0]
+    log = only(folder, "log/sysu_log/*.log")
+    events = only(folder, f"log/vis_log/{log.stem}/events.*")
+    expected = [log, events, *(folder / "save_model" / f"{log.stem}_{which}.t" for which in ("best", "last"))]
+    assert files(folder) == [str(path.relative_to(folder)) for path in expected]
+    assert log.stem.startswith("sysu_p2_n4_lr0.00035_seed0_")
+    logged = [line[20:] for line in log.read_text().splitlines()]
+    assert logged[0].startswith("command: python ")  # the first lines tell how to do it again
+    assert logged[1].startswith("versions: Python ")
+    assert "source " in logged[1]
+    assert logged[2].startswith("training data: 8 identities, 58 visible, 30 infrared images of 32x16, ")
+    assert len(logged[2].rpartition(" ")[2]) == 16
+    assert "\n".join(logged) in trained[1].stdout
+
+
+def test_checkpoints_are_read_without_running_code_and_hold_the_result(trained):
+    folder, done = trained
+    best, last = (
+        torch.load(only(folder, f"save_model/*_{which}.t"), weights_only=True) for which in ("best", "last")
+    )
+    assert {"net", "cmc", "mAP", "mINP", "epoch", "args"} <= best.keys() & last.keys()
+    assert last["epoch"] == 2
+    assert last["args"]["num_pos"] == 2
+    assert last["args"]["mode"] == "all"
+    assert "optimizer" in last
+    assert "optimizer" not in best
+    assert "test split" in best["selection"]
+    assert best["best"] == last["best"]
+    assert best["epoch"] == best["best"]["epoch"]
+    for checkpoint in (best, last):
+        line = done.stdout.split("\n  SYSU-MM01")[checkpoint["epoch"]]
+        assert f"rank-1 {100 * checkpoint['cmc'][0]:.2f}" in line
+        assert f"mAP {100 * checkpoint['mAP']:.2f}  mINP {100 * checkpoint['mINP']:.2f}" in line
+    assert best["cmc"][0] >= last["cmc"][0]
+
+
+def test_no_epochs_evaluate_and_save_the_untrained_network(sysu, train_here, tmp_path):
+    status, output, errors = train_here(*tiny_flags(sysu), "--epochs", 0)
+    assert (status, errors) == (0, [])
+    assert "rank-1" in output
+    last = torch.load(only(tmp_path, "work/save_model/*_last.t"), weights_only=True)
+    assert last["epoch"] == 0
+    assert 0 <= last["mAP"] <= 1
+    assert not list(tmp_path.glob("work/save_model/*_best.t"))
+
+    before = only(tmp_path, "work/log/sysu_log/*.log").read_text()
+    status, output, errors = train_here(*tiny_flags(sysu), "--epochs", 0)
+    assert status == 2
+    assert "--overwrite" in errors[0]
+    assert only(tmp_path, "work/log/sysu_log/*.log").read_text() == before
+    assert train_here(*tiny_flags(sysu), "--epochs", 0, "--overwrite")[0] == 0
+    assert only(tmp_path, "work/log/sysu_log/*.log").read_text().count("command: ") == 1  # not appended
+
+
+def test_check_does_everything_but_write(sysu, train_here, tmp_path):
+    status, output, errors = train_here(*tiny_flags(sysu), "--check")
+    assert (status, errors) == (0, [])
+    for words in (
+        "training data: 8 identities",
+        "one step: loss",
+        "one evaluation batch",
+        "checkpoints need",
+    ):
+        assert words in output
+    assert output.splitlines()[-1].startswith("check passed")
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_check_refuses_what_cannot_be_written(sysu, train_here, tmp_path):
+    (tmp_path / "file").touch()
+    for flag in ("--model-path", "--log-path"):
+        status, _, errors = train_here(*tiny_flags(sysu), "--check", flag, tmp_path / "file" / "below")
+        assert status == 2
+        assert str(tmp_path / "file" / "below") in errors[-1]
+
+
+def test_select_val_trains_without_the_val_ids_and_evaluates_on_them(sysu, train_here, tmp_path, monkeypatch):
+    seen = {}
+
+    class Spy(train.Training):
+        def __init__(self, *args):
+            super().__init__(*args)
+            seen["training"] = self
+
+    monkeypatch.setattr(train, "Training", Spy)
+    status, output, _ = train_here(*tiny_flags(sysu), "--epochs", 1, "--select", "val")
+    assert status == 0
+    val = {int(pid) for pid in (sysu / "exp" / "val_id.txt").read_text().split(",")}
+    kept = train_samples("sysu", sysu, split="train")
+    assert not val & set(kept["visible"].pids)
+    counts = f"{len(kept['visible'].pids)} visible, {len(kept['infrared'].pids)} infrared"
+    assert f"training data: {8 - len(val)} identities, {counts}" in output
+    evaluated = [samples.pids for samples in seen["training"].evaluation.all_samples()]
+    assert set(np.concatenate(evaluated)) == val
+    best = load_checkpoint(only(tmp_path, "work/save_model/*_best.t"))
+    assert "val ids" in best["selection"]
+    assert "val ids" in best["protocol"]
+
+
+def test_select_last_chooses_no_best(sysu, train_here, tmp_path):
+    status, output, _ = train_here(*tiny_flags(sysu), "--epochs", 1, "--select", "last")
+    assert status == 0
+    assert "best" not in output.replace("best epoch", "")
+    assert [path.name[-7:] for path in tmp_path.glob("work/save_model/*.t")] == ["_last.t"]
+
+
+def test_two_processes_train_one_run(sysu, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*launcher, str(REPOSITORY / "train.py"), *tiny_flags(sysu), "--epochs", "1"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 process(es)" in done.stdout
+    assert done.stdout.count("epoch 1/1") == 1  # one of them speaks
+    assert done.stdout.count("finished: ") == 1
+    assert "an epoch: 4 steps" in done.stdout  # half as many as one process has
+    assert only(tmp_path, "log/sysu_log/*.log").read_text().count("epoch 1/1") == 1
+    assert load_checkpoint(only(tmp_path, "save_model/*_last.t"))["epoch"] == 1
+
+
+# Resuming: what is refused, what may change (test_resilience.py resumes)
+
+
+def test_settings_come_from_the_checkpoint_and_some_may_change(trained, monkeypatch, tmp_path):
+    last = only(trained[0], "save_model/*_last.t")
+    saved = load_checkpoint(last)["args"]
+    changes = [
+        "--epochs",
+        "9",
+        "--workers",
+        "2",
+        "--gpu",
+        "1",
+        "--data-path",
+        "elsewhere",
+        "--log-path",
+        "logs",
+        "--test-batch",
+        "3",
+    ]
+    args, run, checkpoint = open_run(parse_training_args(["--resume", str(last), *changes]), 1)
+    assert run.last == last
+    assert checkpoint["epoch"] == 2
+    assert (args.epochs, args.workers, args.gpu, args.data_path) == (9, 2, 1, "elsewhere")
+    fixed = ("dataset", "arch", "img_h", "img_w", "num_pos", "batch_size", "lr", "seed", "weights", "amp")
+    assert {key: vars(args)[key] for key in fixed} == {key: saved[key] for key in fixed}
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--num-pos 4", "--batch_size 2", "--lr 0.1", "--seed 1", "--arch resnet50", "--stem shared",
+        "--img-h 64", "--dataset regdb", "--mode indoor", "--select last", "--eval-every 2",
+        "--warmup-epochs 1", "--decay-epochs 1 2", "--weights imagenet", "--proxies both",
+        "--deterministic", "--amp auto",
+    ],
+)  # fmt: skip
+def test_flags_that_contradict_the_checkpoint_are_refused_by_name(trained, train_here, tmp_path, flag):
+    last = only(trained[0], "save_model/*_last.t")
+    status, _, errors = train_here("--resume", last, "--epochs", 9, *flag.split())
+    assert status == 2
+    assert len(errors) == 1
+    assert flag.split()[0].replace("_", "-") in errors[0]
+    assert str(last) in errors[0]
+    assert files(tmp_path / "work") == []
+
+
+def test_a_run_that_is_there_is_not_overwritten(sysu, trained, train_here):
+    last = only(trained[0], "save_model/*_last.t")
+    before = {path: (trained[0] / path).read_bytes() for path in files(trained[0])}
+    outputs = ["--model-path", trained[0] / "save_model", "--log-path", trained[0] / "log"]
+    flags = [*tiny_flags(sysu), "--eval-start", 0, "--eval-every", 1, *outputs]
+    for epochs, words in ((2, "finished run (2 epochs)"), (3, "stopped after epoch 2 of 3: --resume auto")):
+        status, _, errors = train_here(*flags, "--epochs", epochs)
+        assert status == 2
+        assert len(errors) == 1
+        assert all(text in errors[0] for text in (words, "--overwrite", str(last)))
+    status, output, _ = train_here(*flags, "--epochs", 2, "--resume", "auto")
+    assert status == 0
+    assert "is finished: 2 epochs" in output
+    status, _, errors = train_here(*flags, "--epochs", 2, "--resume", "auto", "--overwrite")
+    assert status == 2
+    assert {path: (trained[0] / path).read_bytes() for path in files(trained[0])} == before
+
+
+# Bad input: one line that names it, status 2, and nothing written
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--data-path /nowhere", ["/nowhere", "demo.py"]),
+        ("--dataset sisu", ["--dataset", "sysu"]),
+        ("--batch-size 9", ["--batch-size 9", "8 training identities"]),
+        ("--batch-size 0", ["--batch-size", "at least 1"]),
+        ("--lr nan", ["--lr"]),
+        ("--lr -1", ["--lr"]),
+        ("--epochs many", ["--epochs"]),
+        ("--epoch 2", ["--epoch "]),
+        ("--mode outdoor", ["--mode outdoor", "indoor"]),
+        ("--trial 2", ["--trial"]),
+        ("--amp fp16", ["--amp fp16"]),
+        ("--img-h 64", ["train_rgb_resized_img.npy", "pre_process_sysu.py", "--img-h 64"]),
+        ("--array-path EMPTY", ["EMPTY", "pre_process_sysu.py"]),
+        ("--weights EMPTY/none.pth", ["EMPTY/none.pth"]),
+        ("--resume EMPTY/none_last.t", ["EMPTY/none_last.t"]),
+        ("--model-path FILE/below", ["FILE/below"]),
+        ("--log-path FILE", ["FILE"]),
+        ("--resume FILE", ["FILE"]),
+        ("--weights FILE", ["FILE"]),
+        ("--dataset regdb --trial 11", ["--trial 11", "1 to 10"]),
+    ],
+)
+def test_bad_input_is_refused_by_name(sysu, train_here, tmp_path, capsys, flags, words):
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("a file")
+    place = {"EMPTY": str(tmp_path / "EMPTY"), "FILE": str(tmp_path / "FILE")}
+    for name, path in place.items():
+        flags = flags.replace(name, path)
+    status, _, errors = train_here(*tiny_flags(sysu), "--epochs", 1, *flags.split())
+    assert status == 2
+    assert len(errors) == 1, errors
+    assert all(word.replace("EMPTY", place["EMPTY"]) in errors[0] for word in words if "FILE" not in word)
+    assert files(tmp_path / "work") == []
+
+
+def test_gpus_that_are_not_there(sysu, train_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    status, _, errors = train_here(*tiny_flags(sysu), "--gpu", 99)
+    assert status == 2
+    assert "--gpu 99" in errors[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    status, output, _ = train_here(*tiny_flags(sysu), "--gpu", 99, "--check")
+    assert status == 0
+    assert "running on the CPU" in output
+
+
+def test_imagenet_weights_without_a_network(sysu, train_here, tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    status, _, errors = train_here(*tiny_flags(sysu), "--weights", "imagenet")
+    assert status == 2
+    assert "--weights imagenet" in errors[0]
+    assert files(tmp_path / "work") == []
+
+
+def edit_checkpoint(change):
+    def edit(checkpoint):
+        change(checkpoint)
+        return checkpoint
+
+    return edit
+
+
+BROKEN_CHECKPOINTS = {
+    "a list": lambda checkpoint: [1, 2],
+    "no network": edit_checkpoint(lambda c: c.pop("net")),
+    "no optimiser": edit_checkpoint(lambda c: c.pop("optimizer")),
+    "no epoch": edit_checkpoint(lambda c: c.pop("epoch")),
+    "settings missing": edit_checkpoint(lambda c: c.update(args={})),
+    "other shapes": edit_checkpoint(lambda c: c["net"].update({"neck.weight": torch.ones(3)})),
+    "weights missing": edit_checkpoint(lambda c: c["net"].pop("neck.weight")),
+    "broken optimiser": edit_checkpoint(lambda c: c["optimizer"].update(state=7)),
+    "another optimiser": edit_checkpoint(lambda c: c["optimizer"].update(param_groups=[])),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_CHECKPOINTS)
+def test_checkpoints_that_cannot_be_resumed_are_refused_by_name(sysu, trained, train_here, tmp_path, case):
+    checkpoint = load_checkpoint(only(trained[0], "save_model/*_last.t"))
+    path = tmp_path / "broken_last.t"
+    torch.save(BROKEN_CHECKPOINTS[case](checkpoint), path)
+    status, _, errors = train_here("--resume", path, "--epochs", 3)
+    assert status == 2
+    assert len(errors) == 1, errors
+    assert str(path) in errors[0]
+
+
+@pytest.fixture
+def copy(sysu, tmp_path):
+    """A copy of the dataset that a test may break, with its times."""
+    return shutil.copytree(sysu, tmp_path / "sysu")
+
+
+def an_image(root):
+    return sorted(root.glob("cam1/*/*.jpg"))[0]
+
+
+def save(root, name, array):
+    np.save(root / f"train_{name}.npy", array)
+
+
+BROKEN_DATA = {  # what a stranger does to a dataset: the words of the refusal
+    "arrays missing": (lambda r: (r / "train_ir_resized_img.npy").unlink(), "train_ir_resized_img.npy"),
+    "a float array": (
+        lambda r: save(r, "rgb_resized_img", np.zeros((58, 32, 16, 3))), "train_rgb_resized_img.npy"
+    ),
+    "a flat array": (
+        lambda r: save(r, "rgb_resized_img", np.zeros((58, 32), np.uint8)), "train_rgb_resized_img.npy"
+    ),
+    "labels with holes": (
+        lambda r: save(r, "ir_resized_label", np.full(30, 7)), "train_ir_resized_label.npy"
+    ),
+    "pickled labels": (
+        lambda r: np.save(r / "train_ir_resized_label.npy", np.array([{}] * 30)), "train_ir_resized_label.npy"
+    ),
+    "an image changed": (lambda r: Image.new("RGB", (24, 48)).save(an_image(r)), "pre_process_sysu.py"),
+    "an image more": (lambda r: shutil.copy(an_image(r), an_image(r).with_name("0099.jpg")), "images"),
+    "a folder named like an image": (lambda r: an_image(r).with_name("0099.jpg").mkdir(), "0099.jpg"),
+    "a dangling link": (lambda r: an_image(r).with_name("0099.jpg").symlink_to("gone"), "0099.jpg"),
+    "no list of ids": (lambda r: (r / "exp" / "test_id.txt").unlink(), "test_id.txt"),
+    "a bad id": (lambda r: (r / "exp" / "train_id.txt").write_text("1,x\n"), "train_id.txt, line 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN_DATA)
+def test_broken_datasets_are_refused_by_name(copy, train_here, tmp_path, case):
+    breaks, words = BROKEN_DATA[case]
+    breaks(copy)
+    status, _, errors = train_here(*tiny_flags(copy), "--epochs", 1)
+    assert status == 2
+    assert len(errors) == 1, errors
+    assert words in errors[0]
+    assert files(tmp_path / "work") == []
+
+
+def test_broken_test_images_are_listed_before_the_first_epoch(copy, train_here, tmp_path):
+    pids = [int(pid) for pid in (copy / "exp" / "test_id.txt").read_text().split(",")]
+    bad = [sorted((copy / f"cam{camera}").glob(f"{pid:04d}/*.jpg")) for camera in (3, 6) for pid in pids]
+    bad = [images[0] for images in bad if images][:2]
+    bad[0].write_bytes(b"")
+    bad[1].write_bytes(bad[1].read_bytes()[:200])
+    status, _, errors = train_here(*tiny_flags(copy), "--epochs", 1)
+    assert status == 2
+    assert len(errors) == 1, errors
+    assert all(str(path) in errors[0] for path in bad)
+
+
+def test_what_datasets_collect_is_passed_over(copy, train_here):
+    for name in ("Thumbs.db", ".DS_Store", "._0001.jpg"):
+        an_image(copy).with_name(name).write_bytes(b"rubbish")
+    for name in ("train", "val", "test"):  # as other systems save lists: BOM, CRLF, commas at the end
+        path = copy / "exp" / f"{name}_id.txt"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b",\r\n\r\n"))
+    status, output, errors = train_here(*tiny_flags(copy), "--check")
+    assert (status, errors) == (0, [])
+    assert "training data: 8 identities, 58 visible, 30 infrared" in output
