@@ -1,0 +1,48 @@
+import numpy as np
+import pytest
+
+from eval_metrics import Metrics
+from tables import results_table
+
+ROWS = [
+    ("all, single-shot", Metrics(np.linspace(0.125, 1, 20), 0.72009, 0.5)),
+    ("all_indoor, 100 %", Metrics(np.ones(20), 1.0, 0.0)),
+]
+HEADING = ["SYSU-MM01, per cent", "save_model/run_best.t"]
+NUMBERS = [["12.50", "30.92", "53.95", "100.00", "72.01", "50.00"], [*["100.00"] * 4, "100.00", "0.00"]]
+
+
+def test_text():
+    first, second, *lines = results_table(HEADING, ROWS).splitlines()
+    assert [first, second] == HEADING
+    assert lines[0].split() == ["protocol", "rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP"]
+    for line, (title, _), numbers in zip(lines[1:], ROWS, NUMBERS, strict=True):
+        assert line.startswith(title)
+        assert line.removeprefix(title).split() == numbers
+    assert len(set(map(len, lines))) == 1, "not aligned"
+
+
+def test_markdown():
+    heading, second, table = results_table(HEADING, ROWS, "markdown").split("\n\n")
+    assert [heading, second] == HEADING
+    lines = table.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(line) for line in cells} == {7}
+    assert all(set(cell) <= {"-", ":"} for cell in cells[1])
+    assert cells[2:] == [[title, *numbers] for (title, _), numbers in zip(ROWS, NUMBERS, strict=True)]
+    assert len(set(map(len, lines))) == 1, "not aligned"
+
+
+def test_latex():
+    first, second, begin, *lines, end = results_table(HEADING, ROWS, "latex").splitlines()
+    assert [first, second] == [f"% {line}" for line in HEADING]
+    assert (begin, end) == (r"\begin{tabular}{lrrrrrr}", r"\end{tabular}")
+    rows = [line for line in lines if line != r"\hline"]
+    assert all(line.endswith(r" \\") and line.count("&") == 6 for line in rows)
+    assert rows[2].startswith(r"all\_indoor, 100 \% ")
+    assert len(set(map(len, rows))) == 1, "not aligned"
+
+
+@pytest.mark.parametrize("style", ["text", "markdown", "latex"])
+def test_no_row(style):
+    assert "rank-1" in results_table(HEADING, [], style)
