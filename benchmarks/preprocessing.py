@@ -1,0 +1,75 @@
+"""Preprocessing: JPEG files -> one array of resized images on disk.
+
+    python -m benchmarks.preprocessing
+
+The baseline is what anyone first writes: load, resize and collect image after image, then save the array.
+Both files hold the same bytes.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.timing import compare, peak_memory
+from images import write_array
+
+HEIGHT, WIDTH = 384, 128
+WORKERS = 2
+
+
+def draw_jpegs(folder: Path, number: int) -> list[str]:
+    """Write smooth random JPEGs of about 300x120 pixels."""
+    rng = np.random.default_rng(0)
+    paths = []
+    for k in range(number):
+        small = Image.fromarray(rng.integers(0, 256, (24, 10, 3), dtype=np.uint8))
+        size = (int(rng.integers(90, 150)), int(rng.integers(240, 360)))
+        paths.append(str(folder / f"{k:05d}.jpg"))
+        small.resize(size, Image.Resampling.BICUBIC).save(paths[-1], quality=90)
+    return paths
+
+
+def baseline(paths: list[str], file: Path) -> None:
+    """One image at a time, all of them in memory."""
+    images = []
+    for path in paths:
+        image = Image.open(path).convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
+        images.append(np.array(image))
+    np.save(file, np.array(images))
+
+
+def ours(paths: list[str], file: Path) -> None:
+    """Decoded by threads, written as they come."""
+    write_array(paths, file, HEIGHT, WIDTH, WORKERS)
+
+
+def run(device: str = "cpu", quick: bool = False) -> list[dict]:
+    """Measure; the rows of the table of benchmarks. Preprocessing knows no device but the CPU."""
+    number, repeats, many = (24, 2, 240) if quick else (300, 7, 4500)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = draw_jpegs(folder, number)
+        slow, fast = folder / "baseline.npy", folder / "ours.npy"
+        baseline_s, ours_s = compare(lambda: baseline(paths, slow), lambda: ours(paths, fast), repeats)
+        if slow.read_bytes() != fast.read_bytes():
+            raise AssertionError("the two arrays differ")
+        peak = peak_memory(ours, (paths * many)[:many], fast)
+    speed = f"{number / ours_s:.0f} images/s, baseline {number / baseline_s:.0f}, {WORKERS} threads"
+    memory = f"peak {peak / 1e6:.0f} MB for an array of {many * HEIGHT * WIDTH * 3 / 1e6:.0f} MB"
+    return [
+        {
+            "work": f"preprocessing, {number} JPEGs -> {HEIGHT}x{WIDTH}",
+            "baseline_s": baseline_s,
+            "ours_s": ours_s,
+            "ratio": baseline_s / ours_s,
+            "bound": 1.8,
+            "note": f"{speed}; {memory}",
+        }
+    ]
+
+
+if __name__ == "__main__":
+    for row in run():
+        print(row)

@@ -1,0 +1,71 @@
+"""From typing the command to the first training step, at SYSU-MM01's size. python -m benchmarks.start_up
+
+Runs `train.py --check`, which does all that a run does first, but for rebuilding the memory. The images are
+files without content, which training does not read, and arrays of zeros.
+"""
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.workload import draw_sysu
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SYSU = {"visible": 22_258, "infrared": 11_909}
+
+
+def run(device: str = "cpu", quick: bool = False) -> list[dict]:
+    """Return one row; its baseline is empty."""
+    identities, counts, size = (
+        (20, {"visible": 400, "infrared": 200}, (64, 32)) if quick else (395, SYSU, (384, 128))
+    )
+    sizes = ["--img-h", str(size[0]), "--img-w", str(size[1]), "--batch-size", "2", "--num-pos", "1"]
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name, "sysu")
+        draw_sysu(root, identities, counts, *size, noise=False)
+        words = [
+            "--data-path",
+            root,
+            "--weights",
+            "none",
+            "--gpu",
+            "-1" if device == "cpu" else "0",
+            "--test-batch",
+            "1",
+        ]
+        command = [sys.executable, REPOSITORY / "train.py", "--check", *words, *sizes]
+        seconds = statistics.median(first_step(command, name) for _ in range(1 if quick else 3))
+    number = sum(counts.values())
+    return [
+        {
+            "work": f"start-up of train.py, {number:,} images of {identities} identities",
+            "baseline_s": None,
+            "ours_s": seconds,
+            "ratio": None,
+            "bound": "< 10 s",
+            "note": f"arrays of {number * size[0] * size[1] * 3 / 1e9:.1f} GB; without the memory rebuild",
+        }
+    ]
+
+
+def first_step(command: list, folder: str) -> float:
+    """Seconds from starting command to where its first step begins."""
+    start, seconds = time.perf_counter(), None
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if step := re.match(r"one step: loss \S+ ([\d.]+) s", line):
+                seconds = time.perf_counter() - start - float(step[1])
+    if process.returncode or seconds is None:
+        raise RuntimeError(f"train.py --check ended with status {process.returncode}")
+    return seconds
+
+
+if __name__ == "__main__":
+    for row in run():
+        print(row)

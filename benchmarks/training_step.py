@@ -1,0 +1,235 @@
+"""The training step against the bare network's, and against a plain loop. python -m benchmarks.training_step
+
+The bare step is the forward pass, a weighted sum, the backward pass and the optimiser's step on a batch that
+lies ready: same network, precision and optimiser. The plain loop is what anyone first writes: float32, NCHW,
+each image augmented by itself, the quadratic non-local block, the loss and the update of memory_and_loss.py,
+Adam as it comes.
+"""
+
+import copy
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.memory_and_loss import baseline_loss, baseline_update, tables_of
+from benchmarks.timing import compare, wait_for
+from benchmarks.training_input import baseline_step as baseline_input
+from benchmarks.workload import draw_sysu, training_of
+from loss import mce_loss
+from model import GeM, NonLocal
+from train import train_one_epoch
+from training import Training
+from utils import MODALITIES
+
+FULL = {"arch": "resnet50", "img-h": 384, "img-w": 128, "batch-size": 8, "num-pos": 4}
+SMALL = FULL | {"batch-size": 4, "num-pos": 1}  # what two cores finish
+TINY = {"arch": "resnet18", "img-h": 64, "img-w": 32, "batch-size": 4, "num-pos": 2}
+
+
+class PlainNonLocal(nn.Module):
+    """The non-local block as written: an affinity (N, HW, HW), then expand, batch norm and sum."""
+
+    def __init__(self, block: NonLocal):
+        super().__init__()
+        self.theta_phi_g, self.expand, self.bn = block.theta_phi_g, block.expand, block.bn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, K, H, W) -> (N, K, H, W)."""
+        theta, phi, g = self.theta_phi_g(x).flatten(2).split(1, dim=1)  # (N, 1, HW) each
+        affinity = theta.transpose(1, 2) @ phi / theta.shape[2]  # (N, HW, HW)
+        y = (affinity @ g.transpose(1, 2)).view(len(x), 1, *x.shape[2:])
+        return self.bn(self.expand(y)) + x
+
+
+class PlainGeM(nn.Module):
+    """GeM pooling as written."""
+
+    def __init__(self, pool: GeM):
+        super().__init__()
+        self.p = pool.p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, K, H, W) -> (N, K)."""
+        return x.clamp(min=1e-6).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+def plain_network(model: nn.Module) -> nn.Module:
+    """A copy of model with the blocks above, NCHW."""
+    model = copy.deepcopy(model)
+    for layer in (model.layer2, model.layer3):
+        for k, block in enumerate(layer):
+            if isinstance(block, NonLocal):
+                layer[k] = PlainNonLocal(block)
+    model.pool = PlainGeM(model.pool)
+    return model.to(memory_format=torch.contiguous_format)
+
+
+def plain_loss(network, images, labels, proxies, centers) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of images {modality: (n, 3, H, W)}, and the unit features."""
+    outputs = network(torch.cat([images["visible"], images["aux"]]), images["infrared"])
+    visible, aux, infrared = F.normalize(outputs).chunk(3)
+    features = {"visible": visible, "infrared": infrared, "aux": aux}
+    return baseline_loss(features, labels, proxies, centers), features
+
+
+def our_loss(training: Training, images, labels) -> torch.Tensor:
+    """The same in train_one_epoch's way, but for its autocast."""
+    outputs = training.network(torch.cat([images["visible"], images["aux"]]), images["infrared"])
+    visible, aux, infrared = F.normalize(outputs.float()).chunk(3)
+    return mce_loss({"visible": visible, "infrared": infrared, "aux": aux}, labels, training.bank)[0]
+
+
+def check(training: Training) -> None:
+    """In float32 both networks give the same loss and the same gradients, on a batch of the loader."""
+    images, labels = next(iter(training.loader.epoch(0)))
+    training.network.train()
+    torch.manual_seed(0)
+    for module in training.model.modules():
+        if isinstance(module, NonLocal):
+            nn.init.normal_(module.bn.weight, std=0.1)  # else the blocks are the identity
+    plain = plain_network(training.model).train()
+    ours, expected = (
+        our_loss(training, images, labels),
+        plain_loss(plain, images, labels, *tables_of(training.bank))[0],
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-3, atol=0)
+    ours.backward()
+    expected.backward()
+    gradients = [
+        torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+        for network in (training.model, plain)
+    ]
+    agreement = F.cosine_similarity(*gradients, dim=0).item()
+    assert agreement > 0.99, f"the gradients of the step and of the plain loop disagree: cosine {agreement}"
+
+
+def run(device: str = "cpu", quick: bool = False) -> list[dict]:
+    """Return two rows: against the bare step and against the plain loop."""
+    sizes = TINY if quick else FULL if device == "cuda" else SMALL
+    steps, repeats = (2, 1) if quick else (20, 5) if device == "cuda" else (1, 5)
+    words = [word for name, value in sizes.items() for word in (f"--{name}", value)]
+    identities = 8 if quick else 395 if device == "cuda" else 40
+    counts = {"visible": 8 * identities, "infrared": 4 * identities}
+    with tempfile.TemporaryDirectory() as folder:
+        draw_sysu(Path(folder, "sysu"), identities, counts, sizes["img-h"], sizes["img-w"], noise=True)
+        training = training_of(Path(folder, "sysu"), device, *words)
+        means = {modality: torch.randn_like(training.bank.shared.proxies) for modality in MODALITIES}
+        training.bank.reset(means)
+        check(training)
+
+        ours, bare, plain = (make(training, steps) for make in (our_steps, bare_steps, plain_steps))
+        num_images = 3 * sizes["batch-size"] * sizes["num-pos"]
+        size = f"{num_images} images {sizes['img-h']}x{sizes['img-w']}, {sizes['arch']}"
+        precision = str(training.dtype or torch.float32).removeprefix("torch.")
+        bare_s, ours_s = (seconds / steps for seconds in compare(bare, ours, repeats))
+        speed = f"{num_images / ours_s:.1f} images/s"
+        waiting = f"waits for input {100 * training.loader.wait_seconds / (ours_s * steps):.1f} %"
+        share = f"{ours_s / bare_s:.2f} of the bare step"
+        plain_s, again_s = (seconds / steps for seconds in compare(plain, ours, max(1, repeats // 2)))
+        notes = [precision, share, speed, waiting, *_gpu_notes(training, ours, steps)]
+    return [
+        {
+            "work": f"training step against the bare one, {size}",
+            "baseline_s": bare_s,
+            "ours_s": ours_s,
+            "ratio": bare_s / ours_s,
+            "bound": "<= 1.10 of the bare step",
+            "met": ours_s <= 1.10 * bare_s,
+            "note": ", ".join(notes),
+        },
+        {
+            "work": f"training step against a plain float32 loop, {size}",
+            "baseline_s": plain_s,
+            "ours_s": again_s,
+            "ratio": plain_s / again_s,
+            "bound": 3.0,
+            "note": f"{precision} against float32",
+        },
+    ]
+
+
+def our_steps(training: Training, steps: int):
+    """A call of train.py's own loop, input and all."""
+
+    def ours():
+        train_one_epoch(training, islice(training.loader.epoch(0), steps), steps, 0)
+
+    return ours
+
+
+def bare_steps(training: Training, steps: int):
+    """A call of nothing but forward, backward and the optimiser."""
+    images, _ = next(iter(training.loader.epoch(0)))
+    visible, infrared = torch.cat([images["visible"], images["aux"]]), images["infrared"]
+    network = copy.deepcopy(training.model).train()
+    optimizer = torch.optim.Adam(network.parameters(), training.args.lr, weight_decay=5e-4, fused=True)
+    device, dtype, scaler = training.device, training.dtype, training.scaler
+    # a plain sum has no gradient behind a batch norm
+    weights = torch.randn(len(visible) + len(infrared), training.model.dim, device=device)
+
+    def bare():
+        for _ in range(steps):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                outputs = network(visible, infrared)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale((outputs * weights).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        wait_for(device)
+
+    return bare
+
+
+def plain_steps(training: Training, steps: int):
+    """A call of the plain loop."""
+    network = plain_network(training.model).train()
+    optimizer = torch.optim.Adam(network.parameters(), training.args.lr, weight_decay=5e-4, foreach=False)
+    (proxies, centers), args = tables_of(training.bank), training.args
+    rows_of = {
+        modality: {k: np.flatnonzero(labels == k).tolist() for k in range(int(labels.max()) + 1)}
+        for modality, labels in training.loader.labels.items()
+    }
+    images_of = training.loader.images
+    if training.loader.cache == "device":
+        images_of = {modality: pixels.cpu().numpy() for modality, pixels in images_of.items()}
+
+    def plain():
+        for _ in range(steps):
+            images, labels = baseline_input(
+                images_of, rows_of, args.batch_size, args.num_pos, training.device
+            )
+            loss, features = plain_loss(network, images, labels, proxies, centers)
+            optimizer.zero_grad()
+            loss.backward()
+            baseline_update(features, labels, proxies)
+            optimizer.step()
+        wait_for(training.device)
+
+    return plain
+
+
+def _gpu_notes(training: Training, ours, steps: int) -> list[str]:
+    """Peak memory and kernels of a step, for a GPU."""
+    if training.device.type != "cuda":
+        return []
+    torch.cuda.reset_peak_memory_stats()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        ours()
+        wait_for(training.device)
+    kernels = sum(
+        event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))
+        for event in profile.events()
+    )
+    memory = torch.cuda.max_memory_allocated() / 1e9
+    return [f"peak {memory:.1f} GB", f"{kernels / steps:.0f} kernels a step"]
+
+
+if __name__ == "__main__":
+    for row in run():
+        print(row)

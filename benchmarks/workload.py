@@ -1,0 +1,69 @@
+"""A stand-in for SYSU-MM01: empty files in its layout, arrays in its sizes, what train.py makes of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import data_manager
+from devices import Processes
+from flags import parse_training_args
+from images import array_files, fingerprint
+from training import Training
+
+CAMERAS = {"visible": (1, 2, 4, 5), "infrared": (3, 6)}
+TEST_IDS = 4
+
+
+def draw_sysu(
+    root: Path, identities: int, counts: dict[str, int], height: int, width: int, noise: bool
+) -> None:
+    """Write a dataset under root, with {modality: how many} training images, the identities taking turns.
+
+    The image files are empty: nothing reads the training images but preprocessing. noise: random pixels, else
+    zeros in files with holes, which take no space on the disk.
+    """
+    pids = np.arange(1, identities + 1)
+    test_pids = range(identities + 1, identities + 1 + TEST_IDS)
+    (root / "exp").mkdir(parents=True)
+    for split, those in (("train", pids[1:]), ("val", pids[:1]), ("test", test_pids)):
+        (root / "exp" / f"{split}_id.txt").write_text(",".join(map(str, those)) + "\n")
+    for modality, cameras in CAMERAS.items():
+        for k in range(counts[modality]):
+            _touch(root, cameras[k // identities % len(cameras)], pids[k % identities], k // identities + 1)
+        for camera in cameras:
+            for pid in test_pids:
+                _touch(root, camera, pid, 1)
+
+    samples = data_manager.train_samples("sysu", root)
+    labels, rng = data_manager.class_labels(samples), np.random.default_rng(0)
+    for modality, (image_file, label_file) in array_files(root).items():
+        shape = (counts[modality], height, width, 3)
+        images = np.lib.format.open_memmap(image_file, "w+", np.uint8, shape)
+        if noise:
+            images[:] = rng.integers(0, 256, shape, dtype=np.uint8)
+        images.flush()
+        np.save(label_file, labels[modality])
+    manifest = {
+        "height": height,
+        "width": width,
+        "images": counts,
+        "pids": pids.tolist(),
+        "fingerprint": fingerprint({modality: those.paths for modality, those in samples.items()}),
+    }
+    (root / "train_resized.json").write_text(json.dumps(manifest))
+
+
+def _touch(root: Path, camera: int, pid: int, index: int) -> None:
+    folder = root / f"cam{camera}" / f"{pid:04d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{index:04d}.jpg").touch()
+
+
+def training_of(root: Path, device: str, *words: object) -> Training:
+    """What train.py trains with on the dataset under root, given the words of its command line besides."""
+    gpu = -1 if device == "cpu" else 0
+    args = parse_training_args(
+        ["--data-path", str(root), "--weights", "none", "--gpu", str(gpu), *map(str, words)]
+    )
+    return Training(args, 1, None, Processes(), lambda: None)
