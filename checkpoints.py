@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy._core import multiarray  # NumPy 1.26 has it too
 
 from utils import UserError, whole_file
 
 
 def numpy_globals() -> list:
     """What pickled NumPy numbers and arrays name, under NumPy 1's and 2's module names: data, no code."""
-    core = np._core if hasattr(np, "_core") else np.core
     found = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
-    for function in (core.multiarray.scalar, core.multiarray._reconstruct):
+    for function in (multiarray.scalar, multiarray._reconstruct):
         found += [
             (function, f"numpy.{module}.multiarray.{function.__name__}") for module in ("core", "_core")
         ]
