@@ -42,13 +42,18 @@ def evaluate_loop(distmat, q_pids, g_pids, q_camids, g_camids, protocol, max_ran
 
 
 def k_reciprocal_loop(query_features, gallery_features, k1=20, k2=6, lambda_value=0.3, dtype=np.float16):
-    """Return the re-ranked (Q, G) distances, with arrays of dtype; see eval_metrics.k_reciprocal."""
-    features = np.concatenate([query_features, gallery_features]).astype(dtype)
+    """Return the re-ranked (Q, G) distances, ranked in half precision, the rest in dtype."""
+    features = np.concatenate([query_features, gallery_features]).astype(np.float16)
     num_query, num = len(query_features), len(features)
-    distances = np.power(cdist(features, features).astype(dtype), 2)
-    largest = np.max(distances, axis=0)
-    distances = np.transpose(distances / np.where(largest > 0, largest, 1))
-    ranking = np.argsort(distances, axis=1)
+    exact = cdist(features, features)
+
+    def by_row(precision):
+        squared = np.power(exact.astype(precision), 2)
+        largest = np.max(squared, axis=0)
+        return np.transpose(squared / np.where(largest > 0, largest, 1))
+
+    distances = by_row(dtype)
+    ranking = np.argsort(distances if dtype is np.float16 else by_row(np.float16), axis=1)
 
     def reciprocal(image, k):
         forward = ranking[image, : k + 1]

@@ -312,15 +312,20 @@ def test_k_reciprocal_agrees_with_the_loop(k1, k2, lambda_value):
     rng = np.random.default_rng(9)
     centers = unit(rng, 12, 16)[rng.integers(0, 12, 150)]
     features = centers + 0.15 * rng.standard_normal((150, 16))  # identities, and no unit norm
+    features = features.astype(np.float32)  # else float64 rounds to half at once, and ours by way of float32
     arguments = features[:60], features[60:], k1, k2, lambda_value
-    np.testing.assert_allclose(k_reciprocal(*arguments), k_reciprocal_loop(*arguments), atol=5e-3)
+    np.testing.assert_allclose(
+        k_reciprocal(*arguments), k_reciprocal_loop(*arguments, dtype=np.float64), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("num_query", "num_gallery"), [(1, 1), (1, 4), (3, 1), (5, 8), (10, 11)])
 def test_k_reciprocal_with_fewer_images_than_neighbours(num_query, num_gallery):
     rng = np.random.default_rng(10)
-    features = unit(rng, num_query, 8), unit(rng, num_gallery, 8)
-    np.testing.assert_allclose(k_reciprocal(*features), k_reciprocal_loop(*features), atol=5e-3)
+    features = [unit(rng, num, 8).astype(np.float32) for num in (num_query, num_gallery)]
+    np.testing.assert_allclose(
+        k_reciprocal(*features), k_reciprocal_loop(*features, dtype=np.float64), atol=1e-5
+    )
 
 
 def test_k_reciprocal_of_equal_images():
