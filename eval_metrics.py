@@ -19,7 +19,7 @@ BLOCK = 2**25  # distances in one matrix product: 128 MB, enough rows to keep th
 MATCHES = 2**22  # matches looked up at a time: 150 MB of temporaries at most
 CACHED = 2**18  # distances counted at a time on the CPU: 1 MB, what a core's cache holds
 PAIRS = 2**19  # pairs of sparse entries compared at a time when re-ranking: 12 MB of temporaries
-SYMMETRIC = 1024  # images in a block of the symmetric (N, N) distances of re-ranking
+SYMMETRIC = 256  # images in a block of the (N, N) distances of re-ranking
 FEW_MATCHES = 64  # up to here, one comparison pass for each match costs less than sorting
 
 Array = np.ndarray | torch.Tensor
@@ -187,9 +187,10 @@ def k_reciprocal(
 
     Source: Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017.
     """
-    features = torch.cat([_features(query_features), _features(gallery_features)])
-    num_query, num = len(query_features), len(features)
-    distances = _squared_distances(features.half().float())  # as the released code rounds them
+    num_query, num = len(query_features), len(query_features) + len(gallery_features)
+    distances = _squared_distances(  # of features rounded as the released code does
+        torch.cat([_features(query_features).half(), _features(gallery_features).half()]).float()
+    )
     close_k = round(k1 / 2) + 1
     nearest = _nearest_in_half_precision(distances, [min(k, num) for k in (k2, close_k, k1 + 1)])
     distances.div_(distances.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
@@ -209,10 +210,11 @@ def k_reciprocal(
     vectors = scipy.sparse.diags(1 / np.where(total > 0, total, 1)) @ vectors
     vectors = _indicator(nearest[:, :k2]) @ vectors / min(k2, num)
 
+    distmat = distances[:num_query, num_query:] * lambda_value
+    del distances  # (N, N)
     overlap = torch.from_numpy(_minimum_sums(vectors[:num_query], vectors[num_query:].tocsc()))
-    jaccard = 1 - overlap / (2 - overlap)
-    original = distances[:num_query, num_query:]
-    distmat = jaccard.to(original.device) * (1 - lambda_value) + original * lambda_value
+    jaccard = overlap.div_(2 - overlap).neg_().add_(1)
+    distmat.add_(jaccard.to(distmat.device), alpha=1 - lambda_value)
     return distmat if isinstance(query_features, torch.Tensor) else distmat.numpy()
 
 
@@ -509,20 +511,23 @@ def _nearest_in_half_precision(squared: torch.Tensor, sizes: list[int]) -> np.nd
     the border of one of the sizes any way of selecting gives the same, and sorting is kept for the other
     rows.
     """
-    rounded = squared.sqrt().half().square_()
-    rounded.div_(rounded.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float16).tiny))
     most = min(max(sizes) + 1, len(squared))
-    values, nearest = rounded.float().topk(most, dim=1, largest=False)
     borders = torch.tensor([s for s in sizes if s < most], dtype=torch.int64, device=squared.device)
-    tied = (values[:, borders - 1] == values[:, borders]).any(1).nonzero()[:, 0]
-    # NumPy sorts unsigned integers exactly as it sorts the halves whose bits they are, but faster.
-    bits = rounded[tied].cpu().numpy().view(np.uint16)
-    nearest = nearest[:, : max(sizes)].cpu().numpy()
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        rows = np.array_split(np.arange(len(bits)), 4 * torch.get_num_threads())
-        ordered = pool.map(lambda part: np.argsort(bits[part], axis=1)[:, : max(sizes)], rows)
-        nearest[tied.cpu().numpy()] = np.concatenate(list(ordered))
-    return nearest
+    threads = torch.get_num_threads()
+    found = []
+    with ThreadPoolExecutor(threads) as pool:
+        for rows in squared.split(SYMMETRIC):
+            rounded = rows.sqrt().half().square_()
+            rounded.div_(rounded.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float16).tiny))
+            values, nearest = rounded.float().topk(most, dim=1, largest=False)
+            tied = (values[:, borders - 1] == values[:, borders]).any(1).nonzero()[:, 0]
+            # NumPy sorts unsigned integers exactly as it sorts the halves whose bits they are, but faster.
+            bits = np.array_split(rounded[tied].cpu().numpy().view(np.uint16), max(threads, SYMMETRIC // 16))
+            nearest = nearest[:, : max(sizes)].cpu().numpy()
+            ordered = pool.map(lambda part: np.argsort(part, axis=1)[:, : max(sizes)], bits)
+            nearest[tied.cpu().numpy()] = np.concatenate(list(ordered))
+            found.append(nearest)
+    return np.concatenate(found)
 
 
 def _indicator(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
