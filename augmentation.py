@@ -4,6 +4,7 @@ docs/method.md, section 3 (Cheng et al., AAAI 2023). The draws are made on the C
 CPU and a GPU augment alike.
 """
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -106,7 +107,11 @@ def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """
     if images.device.type != "cpu":
         return augment_batch(images, draws)
-    pixels, out = images.numpy(), np.empty(images.shape, dtype=np.float32)
+    pixels, out = list(images.numpy()), np.empty(images.shape, dtype=np.float32)
+    flipped = np.flatnonzero(draws.flip)
+    lines = images.index_select(0, torch.from_numpy(flipped)).view(-1, *images.shape[2:])  # (lines, W, 3)
+    for k, image in zip(flipped, lines.flip(1).view(-1, *images.shape[1:]).numpy(), strict=True):
+        pixels[k] = image
     threads = torch.get_num_threads()
 
     def share(thread: int) -> None:
@@ -119,32 +124,47 @@ def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 def _augment_image(image: np.ndarray, draws: Draws, k: int, out: np.ndarray) -> None:
-    """Augment image (H, W, 3) uint8 with the k-th of the draws into out (H, W, 3) float32."""
+    """Augment image (H, W, 3) uint8, flipped already, with the k-th of the draws into out (H, W, 3) float32.
+
+    Bytes are moved before they become floats, and floats are passed over in rows of a few thousand, which
+    NumPy takes several times as fast as short ones.
+    """
     height, width, _ = image.shape
+    left = 2 * PAD - draws.left[k] if draws.flip[k] else draws.left[k]  # flipping comes after the crop
     rows, image_rows = _overlap(draws.top[k] - PAD, height)
-    columns, image_columns = _overlap(draws.left[k] - PAD, width)
+    columns, image_columns = _overlap(left - PAD, width)
     top, bottom, left, right = draws.erase[k]
     channel = draws.channel[k]
     if channel >= 0:  # one plane through everything, then three copies of it
-        image, values = image[..., channel, None], np.empty((height, width, 1), dtype=np.float32)
+        image, values = image[..., channel], np.empty((height, width), dtype=np.float32)
     else:
-        channel, values = slice(None), out
-    depth = values.shape[2]
+        values = out
+    crop = np.empty(image.shape, dtype=np.uint8)
+    crop.fill(draws.pad_value)
+    crop[rows, columns] = image[image_rows, image_columns]
 
-    values.fill(draws.pad_value)
-    crop = values[:, ::-1] if draws.flip[k] else values
-    for part in range(depth) if draws.flip[k] else (slice(None),):  # flipping planes is fast
-        crop[rows, columns, part] = image[image_rows, image_columns, part]
-    lines = values.reshape(height, width * depth)  # long rows: NumPy is slow along an axis of 3
-    lines *= np.resize(1 / (255 * STD[channel]), width * depth)
-    lines -= np.resize(MEAN[channel] / STD[channel], width * depth)
-    values[top:bottom, left:right] = ERASE_FILL[channel]
+    several = next(number for number in range(16, 0, -1) if height % number == 0)  # lines in a long row
+    rows = values.reshape(height // several, -1)
+    scale, shift, fill = _constant_rows(channel, rows.shape[1])
+    rows[...] = crop.reshape(rows.shape)
+    rows *= scale
+    rows -= shift
+    depth = values[0, 0].size
+    values.reshape(height, -1)[top:bottom, left * depth : right * depth] = fill[: (right - left) * depth]
 
-    if depth == 1:
+    if draws.grey[k]:
+        values = GREY[0] * out[..., 0] + GREY[1] * out[..., 1] + GREY[2] * out[..., 2]
+    if values is not out:
         for part in range(3):
-            out[..., part] = values[..., 0]
-    elif draws.grey[k]:
-        out[...] = (GREY[0] * out[..., 0] + GREY[1] * out[..., 1] + GREY[2] * out[..., 2])[..., None]
+            out[..., part] = values
+
+
+@functools.lru_cache(64)
+def _constant_rows(channel: int, length: int) -> tuple[np.ndarray, ...]:
+    """Rows (length,) of scale, shift and erase fill, of one channel or, for -1, of the three in turns."""
+    constants = 1 / (255 * STD), MEAN / STD, ERASE_FILL
+    rows = (part if channel < 0 else part[channel : channel + 1] for part in constants)
+    return tuple(np.tile(row, length // len(row)) for row in rows)
 
 
 def _overlap(shift: int, size: int) -> tuple[slice, slice]:
