@@ -78,4 +78,4 @@ def save_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
         try:
             torch.save(checkpoint, temporary)
         except RuntimeError as error:  # torch's zip writer reports a full disk so, not as an OSError
-            raise OSError(f"{str(error).splitlines()[0]} (is the disk full?)") from error
+            raise OSError(errno.ENOSPC, "torch could not write it whole: is the disk full?") from error

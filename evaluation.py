@@ -5,7 +5,7 @@ The one file between the scripts and the library: it wires data_manager, data_lo
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +55,8 @@ class Evaluation:
 
     trials: which of the dataset's. keep: hold the decoded images (uint8) in memory, for several calls of
     `features`. allow_short: see gallery_samples; what it let pass is told in `short`. more: images to embed
-    besides. Raises UserError for a dataset that is not there or does not hold what a protocol needs.
+    besides. check_stop: called at every batch; what it raises ends the work. Raises UserError for a dataset
+    that is not there or does not hold what a protocol needs.
     """
 
     def __init__(
@@ -68,8 +69,9 @@ class Evaluation:
         keep: bool = False,
         allow_short: bool = False,
         more: Sequence[Samples] = (),
+        check_stop: Callable[[], None] = lambda: None,
     ):
-        self.height, self.width, self.keep = height, width, keep
+        self.height, self.width, self.keep, self.check_stop = height, width, keep, check_stop
         self.pixels: dict[str, np.ndarray] = {}  # {modality: (N, H, W, 3) uint8}, once decoded and kept
         self.samples: dict[tuple[Protocol, int], tuple[Samples, Samples]] = {}
         short = set()
@@ -132,12 +134,18 @@ class Evaluation:
             if mine:
                 source = self._source(modality, mine, workers)
                 batches = evaluation_batches(source, self.height, self.width, batch_size, device, workers)
-                shown = tqdm(batches, modality, math.ceil(len(mine) / batch_size), leave=False, disable=None)
+                number = math.ceil(len(mine) / batch_size)
+                shown = self._checked(tqdm(batches, modality, number, leave=False, disable=None))
                 all_features[torch.tensor(mine, device=device)] = extract_features(
                     model, shown, modality, dtype
                 )
             features[modality] = processes.sum(all_features)
         return features
+
+    def _checked(self, batches: Iterable) -> Iterator:
+        for batch in batches:
+            self.check_stop()
+            yield batch
 
     def _source(self, modality: str, rows: list[int], workers: int) -> list[str] | np.ndarray:
         paths = list(self.rows[modality])
@@ -146,7 +154,7 @@ class Evaluation:
         if modality not in self.pixels:
             pixels = np.empty((len(paths), self.height, self.width, 3), np.uint8)
             start = 0
-            for batch in decode(paths, self.height, self.width, workers):
+            for batch in self._checked(decode(paths, self.height, self.width, workers)):
                 pixels[start : start + len(batch)] = batch
                 start += len(batch)
             self.pixels[modality] = pixels

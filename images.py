@@ -318,6 +318,7 @@ def training_arrays(
     width: int,
     workers: int,
     prefix: str = "train",
+    progress: Callable[[int], object] | None = None,
 ) -> TrainingArrays:
     """Open the arrays of these images in folder, after making them where they are not there or out of date.
 
@@ -330,5 +331,5 @@ def training_arrays(
                 return arrays
     total = sum(map(len, paths.values()))
     logger.info("decoding %d training images once, into %s", total, folder)
-    write_training_arrays(folder, paths, labels, pids, height, width, workers, prefix)
+    write_training_arrays(folder, paths, labels, pids, height, width, workers, prefix, progress)
     return open_training_arrays(folder, height, width, paths, prefix)

@@ -224,7 +224,7 @@ def train_run(
             log.info("%s", line)
         check(training) if args.check else fit(training, run)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or run.events}: {error.strerror or error}") from error
+        raise UserError(f"{error.filename or run.events}: {error.strerror or error}") from error
     finally:
         if first:
             run.release()
@@ -253,6 +253,10 @@ def main(args: argparse.Namespace) -> int | None:
     """Train the runs that args ask for; 143 or 130 when SIGTERM or Ctrl-C stopped one."""
     processes = Processes()
     log_to_terminal(quiet=processes.rank > 0)
+    if processes.world_size > 1 and args.typed.get("gpu", -1) >= 0:
+        raise UserError(
+            f"--gpu {args.gpu}: of several processes each takes the GPU of its own number: leave it out"
+        )
     with stop_signals() as check_stop:
         try:
             if args.trial == "all" and args.overwrite and not args.check and processes.rank == 0:

@@ -25,7 +25,9 @@ SELECTION = {
 }
 
 
-def load_training_data(args: argparse.Namespace, root: Path, trial: int) -> tuple[dict, dict, str]:
+def load_training_data(
+    args: argparse.Namespace, root: Path, trial: int, check_stop: Callable[[], None]
+) -> tuple[dict, dict, str]:
     """Training images {modality: (N, H, W, 3) uint8}, labels {modality: (N,) int64} and a fingerprint."""
     samples = data_manager.train_samples(args.dataset, root, trial)
     paths = {modality: those.paths for modality, those in samples.items()}
@@ -36,7 +38,9 @@ def load_training_data(args: argparse.Namespace, root: Path, trial: int) -> tupl
         prefix = f"train_{trial}" if args.dataset == "regdb" else "train"
         pids = sorted({int(pid) for pid in samples["visible"].pids})
         labels = data_manager.class_labels(samples)
-        arrays = training_arrays(folder, paths, labels, pids, args.img_h, args.img_w, args.workers, prefix)
+        arrays = training_arrays(
+            folder, paths, labels, pids, args.img_h, args.img_w, args.workers, prefix, lambda _: check_stop()
+        )
     if args.select != "val":
         return arrays.images, arrays.labels, arrays.fingerprint or "of unknown origin"
     if arrays.pids is None:
@@ -84,10 +88,12 @@ class Training:
         split = "val" if args.select == "val" else "test"
         self.protocol = Protocol(args.dataset, args.mode, split=split)
         trials = (trial,) if args.dataset == "regdb" else data_manager.DATASETS[args.dataset].trials
-        self.evaluation = Evaluation(root, [self.protocol], trials, args.img_h, args.img_w, keep=True)
+        self.evaluation = Evaluation(
+            root, [self.protocol], trials, args.img_h, args.img_w, keep=True, check_stop=check_stop
+        )
         if processes.rank > 0:
             processes.wait()  # until the first process has made the arrays, where they have to be made
-        images, labels, fingerprint = load_training_data(args, root, trial)
+        images, labels, fingerprint = load_training_data(args, root, trial, check_stop)
         if processes.rank == 0:
             processes.wait()
         self.data = describe_data(images, labels, fingerprint)
@@ -114,6 +120,11 @@ class Training:
 
         self.start, self.best, self.latest = 0, None, None
         if checkpoint:
+            if (count := checkpoint.get("world_size", 1)) != processes.world_size:
+                raise UserError(
+                    f"--resume {args.resume}: its run has {count} process(es), this has "
+                    f"{processes.world_size}: start it with torchrun --nproc_per_node {count}"
+                )
             try:
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
                 self.scaler.load_state_dict(checkpoint["scaler"])
@@ -175,10 +186,9 @@ class Training:
         """The metrics of the network as it is now, mean over the trials."""
         self.model.eval()
         args = self.args
-        with self.model.register_forward_pre_hook(lambda *_: self.check_stop()):
-            features = self.evaluation.features(
-                self.model, self.device, self.dtype, args.test_batch, args.workers, self.processes
-            )
+        features = self.evaluation.features(
+            self.model, self.device, self.dtype, args.test_batch, args.workers, self.processes
+        )
         mean, _ = summarize(self.evaluation.score(features)[self.protocol])
         return mean
 
@@ -198,5 +208,6 @@ class Training:
             "selection": "the run's last checkpoint",
             "protocol": self.protocol.title,
             "data": self.data,
+            "world_size": self.processes.world_size,
             "log_size": log_size,
         }

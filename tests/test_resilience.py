@@ -22,6 +22,8 @@ import torchvision
 from conftest import ENVIRONMENT, REPOSITORY, command, tiny_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import images
+import synthetic
 import train
 from checkpoints import load_checkpoint
 from flags import parse_training_args
@@ -189,6 +191,40 @@ def test_a_signal_stops_an_evaluation(sysu, tmp_path, train_here, monkeypatch):
     assert "--resume auto" in output.splitlines()[-1]
 
 
+def test_a_signal_stops_the_decoding_of_images(tmp_path, train_here, monkeypatch):
+    """Of RegDB's training images, which are decoded on the first run; nothing of them is left."""
+    root = tmp_path / "regdb"
+    synthetic.draw_dataset(synthetic.plan_regdb(4, 2, 2, 0), root, height=48, width=24)
+    original = images.decode
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from original(*args)
+
+    monkeypatch.setattr(images, "decode", interrupted)
+    status, output, _ = train_here(*tiny_flags(root), "--dataset", "regdb", "--epochs", 1)
+    assert status == 143
+    assert "stopped by SIGTERM" in output
+    assert not [path for path in root.iterdir() if "resized" in path.name]
+
+
+def test_the_second_ctrl_c_stops_training_within_a_step(sysu, tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, *tiny_flags(sysu), "--num-pos", "3000")  # a step that would take a minute
+    try:
+        wait_until_it_says("run: ", process, folder)
+        time.sleep(3)  # the memory's rebuild takes a part of a second
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None, (folder / "output").read_text()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(20) in (130, -signal.SIGINT)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        stop_everything(process)
+
+
 def test_the_second_signal_stops_at_once(tmp_path):
     code = (
         "import time, utils\n"
@@ -297,7 +333,7 @@ def test_events_that_cannot_be_written_stop_the_run(unfinished, train_here, monk
     monkeypatch.setattr(train.SummaryWriter, "flush", full)
     status, _, errors = train_here(*flags)
     assert status == 2
-    assert "cannot write" in errors[-1]
+    assert "No space left on device" in errors[-1]
     assert "vis_log" in errors[-1]
     assert last.read_bytes() == before
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, tiny_flags
+from conftest import ENVIRONMENT, REPOSITORY, run_script, tiny_flags
 from PIL import Image
 
 import train
@@ -199,7 +199,20 @@ def test_two_processes_train_one_run(sysu, tmp_path):
     assert done.stdout.count("finished: ") == 1
     assert "an epoch: 4 steps" in done.stdout  # half as many as one process has
     assert only(tmp_path, "log/sysu_log/*.log").read_text().count("epoch 1/1") == 1
-    assert load_checkpoint(only(tmp_path, "save_model/*_last.t"))["epoch"] == 1
+    last = only(tmp_path, "save_model/*_last.t")
+    assert load_checkpoint(last)["epoch"] == 1
+    resumed = run_script("train.py", "--resume", last, "--epochs", "2", cwd=tmp_path)
+    assert resumed.returncode == 2
+    assert "its run has 2 process(es), this has 1: start it with torchrun" in resumed.stderr
+
+
+def test_one_gpu_for_many_processes_is_refused(train_here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, errors = train_here("--gpu", "0")
+    assert status == 2
+    assert errors == [
+        "train.py: error: --gpu 0: of several processes each takes the GPU of its own number: leave it out"
+    ]
 
 
 # Resuming: what is refused, what may change (test_resilience.py resumes)
