@@ -16,7 +16,7 @@ MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)  # ImageNet's, of pixel
 STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
 ERASE_FILL = np.array([0.4914, 0.4822, 0.4465], dtype=np.float32)  # of normalised pixels
 GREY = (0.2989, 0.5870, 0.1140)  # of normalised pixels
-PAD = 10  # pixels on each side
+PAD = 10  # pixels on each side, of images of the paper's size
 ERASE_PROBABILITY = 0.5
 ERASE_AREA = (0.02, 0.4)  # of the image
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
@@ -27,8 +27,9 @@ ERASE_TRIES = 100
 class Draws:
     """What chance decides for n images (docs/method.md, section 3)."""
 
+    pad: int  # pixels on each side
     pad_value: int
-    top: np.ndarray  # (n,) row at which the crop starts in the padded image, 0..2 PAD
+    top: np.ndarray  # (n,) row at which the crop starts in the padded image, 0..2 pad
     left: np.ndarray  # (n,) column, likewise
     flip: np.ndarray  # (n,) bool, of the crop
     erase: np.ndarray  # (n, 4) top, bottom, left, right; bottom and right are outside; all 0: nothing
@@ -37,12 +38,12 @@ class Draws:
 
 
 def draw_augmentation(
-    rng: np.random.Generator, n: int, height: int, width: int, modality: str, recipe: str
+    rng: np.random.Generator, n: int, height: int, width: int, modality: str, recipe: str, pad: int = PAD
 ) -> Draws:
     """Draw the augmentation of n images by a recipe, "sysu" or "regdb".
 
     RegDB flips some images before padding them and others after cropping. Both are the same: flipping first
-    turns the crop's column c into 2 PAD - c, and both are uniform. So a drawn flip always follows the crop.
+    turns the crop's column c into 2 pad - c, and both are uniform. So a drawn flip always follows the crop.
     """
     channel = np.full(n, -1)
     grey = np.zeros(n, dtype=bool)
@@ -53,9 +54,10 @@ def draw_augmentation(
         channel = np.where(k < 3, k, -1)
         grey = (k == 3) & (rng.random(n) < 0.5)
     return Draws(
+        pad=pad,
         pad_value=127 if recipe == "regdb" and modality != "aux" else 0,
-        top=rng.integers(2 * PAD + 1, size=n),
-        left=rng.integers(2 * PAD + 1, size=n),
+        top=rng.integers(2 * pad + 1, size=n),
+        left=rng.integers(2 * pad + 1, size=n),
         flip=rng.random(n) < 0.5,
         erase=_draw_rectangles(rng, n, height, width),
         channel=channel,
@@ -130,9 +132,9 @@ def _augment_image(image: np.ndarray, draws: Draws, k: int, out: np.ndarray) -> 
     NumPy takes several times as fast as short ones.
     """
     height, width, _ = image.shape
-    left = 2 * PAD - draws.left[k] if draws.flip[k] else draws.left[k]  # flipping comes after the crop
-    rows, image_rows = _overlap(draws.top[k] - PAD, height)
-    columns, image_columns = _overlap(left - PAD, width)
+    left = 2 * draws.pad - draws.left[k] if draws.flip[k] else draws.left[k]  # flipping comes after the crop
+    rows, image_rows = _overlap(draws.top[k] - draws.pad, height)
+    columns, image_columns = _overlap(left - draws.pad, width)
     top, bottom, left, right = draws.erase[k]
     channel = draws.channel[k]
     if channel >= 0:  # one plane through everything, then three copies of it
@@ -192,9 +194,9 @@ def augment_batch(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     y = torch.arange(height, device=device)
     x = torch.arange(width, device=device)
 
-    padded = F.pad(images, (0, 0, PAD, PAD, PAD, PAD), value=draws.pad_value)
-    rows = image * (height + 2 * PAD) + top + y  # (n, H)
-    pixels = padded.view(-1, (width + 2 * PAD) * 3).index_select(0, rows.view(-1)).view(n, height, -1)
+    padded = F.pad(images, (0, 0, draws.pad, draws.pad, draws.pad, draws.pad), value=draws.pad_value)
+    rows = image * (height + 2 * draws.pad) + top + y  # (n, H)
+    pixels = padded.view(-1, (width + 2 * draws.pad) * 3).index_select(0, rows.view(-1)).view(n, height, -1)
     columns = left + torch.where(flip > 0, width - 1 - x, x)  # (n, W)
     columns = (columns[..., None] * 3 + source).view(n, 1, width * 3)
     pixels = pixels.gather(2, columns.expand(n, height, width * 3)).float()

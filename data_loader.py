@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from augmentation import augment, draw_augmentation, normalize, pinned
+from augmentation import PAD, augment, draw_augmentation, normalize, pinned
 from images import decode
 from utils import UserError
 
@@ -109,7 +109,7 @@ class TrainLoader:
     """The batches of training and of the memory's reset, on the device.
 
     images: {"visible": (N, H, W, 3) uint8, "infrared": …}; labels: {modality: (N,)}.
-    recipe: the augmentation, "sysu" or "regdb".
+    recipe: the augmentation, "sysu" or "regdb"; pad: its border, in pixels.
     cache says where the pixels live: "device"; "host", this process's memory; "disk", left memory-mapped, so
     that many processes share them; "auto": the device if it is a GPU and they fit in a third of its free
     memory, else the disk. What was chosen is in .cache.
@@ -125,9 +125,11 @@ class TrainLoader:
         device: torch.device,
         seed: int,
         cache: str = "auto",
+        pad: int = PAD,
     ):
         self.labels, self.batches, self.recipe, self.device, self.seed = labels, batches, recipe, device, seed
         self.height, self.width = images["visible"].shape[1:3]
+        self.pad = pad
         self.wait_seconds = 0.0  # how long the consumer waited for input in the last epoch
         size = sum(part.nbytes for part in images.values())
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -157,7 +159,7 @@ class TrainLoader:
             for labels, visible, infrared in self.batches.epoch(epoch):
                 draws = {
                     modality: draw_augmentation(
-                        rng, len(labels), self.height, self.width, modality, self.recipe
+                        rng, len(labels), self.height, self.width, modality, self.recipe, self.pad
                     )
                     for modality in ("visible", "infrared", "aux")
                 }

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from data_manager import DATASETS
 from eval_metrics import summarize
 from evaluation import Evaluation, Protocol
-from utils import Parser, UserError, at_least, device_flags, run_script
+from utils import Parser, UserError, device_flags, run_script, seed_number
 
 HERE = Path(__file__).resolve().parent
 IDENTITIES, TEST_IDENTITIES, IMAGES = 140, 30, 3  # many people, few images: epochs, and so resets, are short
@@ -38,7 +38,7 @@ def get_args_parser() -> Parser:
     )
     parser.add_argument("--output", default="demo", metavar="DIR", help="where everything goes (demo)")
     parser.add_argument(
-        "--seed", type=at_least(0), default=0, metavar="N", help="of the drawing and training (0)"
+        "--seed", type=seed_number, default=0, metavar="N", help="of the drawing and training (0)"
     )
     return parser
 

@@ -1,11 +1,12 @@
 """The command line of train.py."""
 
 import argparse
+import os
 
 from data_manager import DATASETS
 from loss import PROXIES
 from model import ARCHS, STEMS
-from utils import Parser, UserError, at_least, data_flags, device_flags, positive, typed_flags
+from utils import Parser, UserError, at_least, data_flags, device_flags, positive, seed_number, typed_flags
 
 
 def training_parser() -> Parser:
@@ -57,12 +58,16 @@ def training_parser() -> Parser:
         help="images of an identity and modality in a batch (4, RegDB 5)",
     )  # fmt: skip
     training.add_argument(
+        "--pad", type=at_least(0), default=10, metavar="PIXELS",
+        help="border that random crops reach into; less than 10 for images smaller than the paper's (10)",
+    )  # fmt: skip
+    training.add_argument(
         "--proxies",
         choices=PROXIES,
         default="historical",
         help="what the align term compares with (historical)",
     )
-    training.add_argument("--seed", type=at_least(0), default=0, metavar="N", help="of all randomness (0)")
+    training.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of all randomness (0)")
     training.add_argument(
         "--deterministic", action="store_true", help="bit for bit the same again on a GPU too"
     )
@@ -71,7 +76,10 @@ def training_parser() -> Parser:
     )
     evaluation = parser.add_argument_group("evaluation during training")
     evaluation.add_argument(
-        "--mode", help="protocol (sysu: all or indoor; others: visible-to-infrared or back)"
+        "--mode",
+        metavar="MODE",
+        help="protocol: all or indoor (all); RegDB and LLCM: visible-to-infrared "
+        "or infrared-to-visible (visible-to-infrared)",
     )
     evaluation.add_argument(
         "--select", choices=("test", "val", "last"), default="test",
@@ -85,8 +93,12 @@ def training_parser() -> Parser:
         "--eval-every", type=at_least(1), default=2, metavar="N", help="every N epochs (2)"
     )
     outputs = parser.add_argument_group("outputs and resuming")
-    outputs.add_argument("--model-path", default="save_model", metavar="DIR", help="(save_model)")
-    outputs.add_argument("--log-path", default="log", metavar="DIR", help="(log)")
+    outputs.add_argument(
+        "--model-path", default="save_model", metavar="DIR", help="folder of checkpoints (save_model)"
+    )
+    outputs.add_argument(
+        "--log-path", default="log", metavar="DIR", help="folder of logs and of TensorBoard's events (log)"
+    )
     outputs.add_argument(
         "--resume", metavar="FILE|auto", help="go on with a run; auto: the one of these settings"
     )
@@ -115,11 +127,39 @@ def parse_training_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The settings; also what was typed of them, `typed`, and the `defaults` of all flags."""
     parser = training_parser()
     typed = typed_flags(parser, argv)
-    parser.set_defaults(**dataset_defaults(typed.get("dataset", "sysu")))
+    dataset = typed.get("dataset", "sysu")
+    parser.set_defaults(**dataset_defaults(dataset))
     defaults = vars(parser.parse_args([]))
+    modes = DATASETS[dataset].modes
+    if "resume" not in typed and "mode" in typed and typed["mode"] not in modes:
+        parser.error(f"argument --mode: {typed['mode']} is none of {', '.join(modes)}")
+    first, second = typed.get("decay_epochs", (0, 0))
+    if first > second:
+        parser.error(f"argument --decay-epochs: {second} comes before {first}")
     return argparse.Namespace(
         **defaults | typed, typed=typed, defaults=defaults, dataset_defaults=dataset_defaults
     )
+
+
+def checked_settings(saved: dict[str, object], path: str | os.PathLike) -> dict[str, object]:
+    """The settings in a checkpoint; UserError naming path and the first that no command line can give."""
+    for action in training_parser()._actions:
+        value = saved.get(action.dest)
+        if value is None:
+            continue
+        try:
+            if isinstance(action.const, bool):
+                good = isinstance(value, bool)
+            else:
+                words = value if action.nargs and isinstance(value, list) else [value]
+                good = [(action.type or str)(str(word)) for word in words] == words
+            good = good and (not action.choices or value in action.choices)
+            good = good and (action.dest != "trial" or value.isdecimal())  # a run is of one
+        except (ValueError, argparse.ArgumentTypeError):
+            good = False
+        if not good:
+            raise UserError(f"{path} holds a setting that cannot be: {action.option_strings[0]} {value!r}")
+    return saved
 
 
 def trials_of(args: argparse.Namespace) -> list[int]:

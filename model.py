@@ -193,11 +193,7 @@ def from_checkpoint(path: str | os.PathLike) -> TwoStreamResNet:
     shared stem; its class memories, if it holds any, are left out). Raises UserError naming path if it is
     missing, not a checkpoint, or of other shapes.
     """
-    return build_from_checkpoint(load_checkpoint(path), path)
-
-
-def build_from_checkpoint(checkpoint: dict, path: str | os.PathLike) -> TwoStreamResNet:
-    """from_checkpoint, for a checkpoint that is read already; path only names it in errors."""
+    checkpoint = load_checkpoint(path)
     state = {key.removeprefix("module."): value for key, value in checkpoint["net"].items()}
     if any(key.startswith("backbone.") for key in state):
         arch, stem = "resnet50", "shared"

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from people import MOMENT, SPLIT, make_camera, make_identity, render
-from utils import Parser, UserError, at_least, run_script, whole_file
+from utils import Parser, UserError, at_least, run_script, seed_number, whole_file
 
 # Defaults per dataset: training identities, test identities, images per identity and camera.
 SIZES = {"sysu": (100, 40, 5), "regdb": (50, 50, 10), "llcm": (60, 30, 3)}
@@ -255,7 +255,7 @@ def get_args_parser() -> Parser:
     add("--images", type=one, metavar="N", help=f"images of an identity by a camera ({images})")
     add("--img-h", type=at_least(16), default=160, metavar="PIXELS", help="their height (160)")
     add("--img-w", type=at_least(8), default=64, metavar="PIXELS", help="their width (64)")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="same seed, same bytes (0)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="same seed, same bytes (0)")
     add(
         "--workers",
         type=at_least(0),

@@ -10,6 +10,7 @@ The table goes to standard output, everything else to standard error.
 import argparse
 import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from devices import Processes, autocast_dtype, select_device
 from eval_metrics import Metrics, summarize, top_k
 from evaluation import Evaluation, Features, Protocol
 from exports import mat_file, save_features, save_mat
+from flags import checked_settings
 from model import from_checkpoint
 from runs import log_to_terminal, versions
 from tables import STYLES, results_table
@@ -78,10 +80,10 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def saved_settings(checkpoint: dict) -> dict[str, object]:
+def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
     """The settings a checkpoint was trained with; none for the released code's."""
     settings = checkpoint.get("args")
-    return settings if isinstance(settings, dict) else {}
+    return checked_settings(settings, path) if isinstance(settings, dict) else {}
 
 
 def find_checkpoints(args: argparse.Namespace) -> dict[int | None, Path]:
@@ -102,7 +104,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[int | None, Path]:
         args.dataset = args.dataset or "regdb"
     else:
         pattern = str(named.with_name(TRIAL_IN_NAME.sub("_trial_{trial}", named.name)))
-        saved = saved_settings(load_checkpoint(locate(named)))
+        saved = saved_settings(load_checkpoint(locate(named)), named)
         args.dataset = args.dataset or saved.get("dataset", "sysu")
     facts = DATASETS[args.dataset]
     if args.trial != "all" and args.trial not in map(str, facts.trials):
@@ -140,7 +142,7 @@ def find_checkpoints(args: argparse.Namespace) -> dict[int | None, Path]:
 def describe(path: Path, trial: int | None) -> dict[str, object]:
     """What a checkpoint says of itself, for the heading and --json; UserError if it is of another trial."""
     checkpoint = load_checkpoint(path)
-    saved = saved_settings(checkpoint)
+    saved = saved_settings(checkpoint, path)
     if trial is not None and saved.get("dataset") == "regdb" and str(saved.get("trial")) != str(trial):
         raise UserError(
             f"{path} was trained on trial {saved.get('trial')}, whose test images are not trial {trial}'s"
@@ -197,7 +199,7 @@ def heading(
         return ", ".join(dict.fromkeys(values))
 
     more = f" and {len(checkpoints) - 1} siblings" if len(checkpoints) > 1 else ""
-    settings = [saved_settings(checkpoint) for checkpoint in checkpoints]
+    settings = [saved_settings(checkpoint, checkpoint["path"]) for checkpoint in checkpoints]
     trained_on = told(s.get("dataset", "an unknown dataset") for s in settings)
     trained_on = DATASETS[trained_on].title if trained_on in DATASETS else trained_on
     epochs = ", ".join(str(checkpoint.get("epoch", "unknown")) for checkpoint in checkpoints)
@@ -292,7 +294,7 @@ def main(args: argparse.Namespace) -> None:
     else:
         trials = list(facts.trials) if args.trial == "all" else [int(args.trial)]
     checkpoints = [describe(path, trial) for trial, path in paths.items()]
-    fill_in(args, saved_settings(checkpoints[0]))
+    fill_in(args, saved_settings(checkpoints[0], checkpoints[0]["path"]))
     modes, shots = dict.fromkeys(args.mode), dict.fromkeys(args.shot)
     protocols = [Protocol(args.dataset, mode, shot, args.galleries) for mode in modes for shot in shots]
     everything = all_test_images(root) if args.save_mat else []

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from devices import Processes
 from eval_metrics import Metrics
-from flags import parse_training_args, trials_of
+from flags import checked_settings, parse_training_args, trials_of
 from loss import mce_loss
 from model import extract_features
 from runs import Run, environment, existing, log_to_terminal, open_run
@@ -202,6 +202,8 @@ def train_run(
     if args.resume and args.overwrite:
         raise UserError("--overwrite would replace the run that --resume continues: give one of them")
     args, run, checkpoint = open_run(args, trial)
+    if checkpoint:
+        checked_settings(checkpoint["args"], args.resume)
     trial = int(args.trial)  # a checkpoint's own, where --resume names one
     first = processes.rank == 0
     if first:

@@ -116,7 +116,9 @@ class Training:
             labels, args.batch_size, args.num_pos, args.seed, processes.rank, processes.world_size
         )
         recipe = data_manager.DATASETS[args.dataset].recipe
-        self.loader = TrainLoader(images, labels, batches, recipe, self.device, args.seed, args.cache)
+        self.loader = TrainLoader(
+            images, labels, batches, recipe, self.device, args.seed, args.cache, args.pad
+        )
 
         self.start, self.best, self.latest = 0, None, None
         if checkpoint:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import math
 import os
 import signal
 import socket
@@ -134,17 +135,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: an integer that is at least minimum."""
+def at_least(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
+    """An argparse type: an integer that is at least minimum and at most maximum."""
 
     def parse(text: str) -> int:
         value = int(text)
         if value < minimum:
             raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {value}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, not {value}")
         return value
 
     parse.__name__ = "integer"  # argparse names the type in its own message
     return parse
+
+
+seed_number = at_least(0, 2**32 - 1)  # NumPy's range
 
 
 def positive(text: str) -> float:

@@ -15,21 +15,21 @@ EXIF_ORIENTATION = 0x0112
 # --- augmentation
 
 
-def augment_slowly(image, draws, k, modality, recipe):
+def augment_slowly(image, draws, k, modality, recipe, pad):
     """One image by the table of docs/method.md, section 3, with loops and Pillow, in the table's order."""
     height, width, _ = image.shape
     picture = Image.fromarray(image)
     grey_pad = recipe == "regdb" and modality != "aux"
-    padded = Image.new("RGB", (width + 20, height + 20), (127,) * 3 if grey_pad else (0,) * 3)
+    padded = Image.new("RGB", (width + 2 * pad, height + 2 * pad), (127,) * 3 if grey_pad else (0,) * 3)
     top, left = int(draws.top[k]), int(draws.left[k])
     if grey_pad:  # flips first
         if draws.flip[k]:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            left = 20 - left
-        padded.paste(picture, (10, 10))
+            left = 2 * pad - left
+        padded.paste(picture, (pad, pad))
         picture = padded.crop((left, top, left + width, top + height))
     else:
-        padded.paste(picture, (10, 10))
+        padded.paste(picture, (pad, pad))
         picture = padded.crop((left, top, left + width, top + height))
         if draws.flip[k]:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -54,14 +54,17 @@ def augment_slowly(image, draws, k, modality, recipe):
 @pytest.mark.parametrize("function", [augment, augment_batch])
 @pytest.mark.parametrize("recipe", ["sysu", "regdb"])
 @pytest.mark.parametrize("modality", ["visible", "aux", "infrared"])
-@pytest.mark.parametrize("size", [(24, 12), (7, 5), (1, 1)])
-def test_augmentation_equals_the_table(function, recipe, modality, size):
+@pytest.mark.parametrize(
+    ("size", "pad"), [((24, 12), 10), ((7, 5), 10), ((1, 1), 10), ((24, 12), 3), ((7, 5), 0)]
+)
+def test_augmentation_equals_the_table(function, recipe, modality, size, pad):
     rng = np.random.default_rng(sum(size))
     n = 12
     images = rng.integers(0, 256, (n, *size, 3), dtype=np.uint8)
-    draws = draw_augmentation(rng, n, *size, modality, recipe)
+    chosen = {} if pad == 10 else {"pad": pad}  # 10 is the table's
+    draws = draw_augmentation(rng, n, *size, modality, recipe, **chosen)
     result = function(torch.from_numpy(images), draws)
-    expected = torch.stack([augment_slowly(images[k], draws, k, modality, recipe) for k in range(n)])
+    expected = torch.stack([augment_slowly(images[k], draws, k, modality, recipe, pad) for k in range(n)])
     assert result.dtype == torch.float32
     assert result.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(result.contiguous(), expected, rtol=0, atol=2e-6)
@@ -70,7 +73,7 @@ def test_augmentation_equals_the_table(function, recipe, modality, size):
 def test_augmentation_without_chance_is_normalisation():
     images = torch.randint(0, 256, (3, 9, 4, 3), dtype=torch.uint8)
     centre, none = np.full(3, 10), np.zeros(3, dtype=bool)
-    draws = Draws(0, centre, centre, none, np.zeros((3, 4), dtype=int), np.full(3, -1), none)
+    draws = Draws(10, 0, centre, centre, none, np.zeros((3, 4), dtype=int), np.full(3, -1), none)
     torch.testing.assert_close(augment(images, draws), normalize(images), rtol=0, atol=1e-6)
 
 

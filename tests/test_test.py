@@ -496,6 +496,10 @@ def test_bad_input_is_refused_in_one_line(sysu, regdb, sysu_flags, trials_of_reg
         ("cannot write .*empty: it is a folder", *sysu_flags, "--json", tmp_path / "empty"),
         ("cannot write .*file/feature_cam1.mat", *sysu_flags, "--save-mat", tmp_path / "file"),
     ]
+    for setting, value in (("dataset", "market"), ("amp", True), ("img_h", "32"), ("trial", [1])):
+        foreign = write_tiny(tmp_path / f"{setting}.t", args={setting: value})
+        message = rf"{setting}\.t holds a setting that cannot be: --{setting.replace('_', '-')} "
+        refused.append((message, "--resume", foreign, *rest))
     TinyNetwork.embedded = 0
     for message, *words in refused:
         with pytest.raises(UserError, match=message) as caught:

@@ -10,7 +10,7 @@ from conftest import ENVIRONMENT, REPOSITORY, run_script, tiny_flags
 from PIL import Image
 
 import train
-from checkpoints import load_checkpoint
+from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import train_samples
 from flags import parse_training_args
 from runs import open_run
@@ -294,7 +294,10 @@ def test_a_run_that_is_there_is_not_overwritten(sysu, trained, train_here):
         ("--lr -1", ["--lr"]),
         ("--epochs many", ["--epochs"]),
         ("--epoch 2", ["--epoch "]),
-        ("--mode outdoor", ["--mode outdoor", "indoor"]),
+        ("--mode outdoor", ["--mode", "outdoor", "indoor"]),
+        ("--dataset regdb --mode back", ["--mode", "back", "infrared-to-visible"]),
+        ("--seed 4294967296", ["--seed", "at most 4294967295"]),
+        ("--decay-epochs 40 20", ["--decay-epochs", "20 comes before 40"]),
         ("--trial 2", ["--trial"]),
         ("--amp fp16", ["--amp fp16"]),
         ("--img-h 64", ["train_rgb_resized_img.npy", "pre_process_sysu.py", "--img-h 64"]),
@@ -319,6 +322,17 @@ def test_bad_input_is_refused_by_name(sysu, train_here, tmp_path, capsys, flags,
     assert len(errors) == 1, errors
     assert all(word.replace("EMPTY", place["EMPTY"]) in errors[0] for word in words if "FILE" not in word)
     assert files(tmp_path / "work") == []
+
+
+def test_a_checkpoint_with_settings_that_cannot_be_is_refused(trained, train_here, tmp_path):
+    checkpoint = load_checkpoint(only(trained[0], "save_model/*_last.t"))
+    for name, value in (("trial", "x"), ("batch_size", 0), ("lr", "fast"), ("deterministic", 1)):
+        path = tmp_path / f"{name}_last.t"
+        save_checkpoint(checkpoint | {"args": checkpoint["args"] | {name: value}}, path)
+        status, _, errors = train_here("--resume", path)
+        assert status == 2
+        flag = f"--{name.replace('_', '-')}"
+        assert errors == [f"train.py: error: {path} holds a setting that cannot be: {flag} {value!r}"]
 
 
 def test_gpus_that_are_not_there(sysu, train_here, tmp_path, monkeypatch):
