@@ -32,8 +32,9 @@ def generator(seed: int, epoch: int, purpose: str, process: int = 0) -> np.rando
 class IdentityBatches:
     """Which images make up each step of an epoch (docs/method.md, section 2).
 
-    labels: {"visible": (N,), "infrared": (M,)}, 0..C-1. A step of a process has batch_size identities, and
-    num_pos images of each and of each modality. len() is the number of steps of an epoch.
+    labels: {"visible": (N,), "infrared": (M,)}, 0..C-1, or -1 of an image that is left out. A step of a
+    process has batch_size identities, and num_pos images of each and of each modality. len() is the number of
+    steps of an epoch.
     UserError: the processes together ask for more identities than there are.
     """
 
@@ -54,10 +55,11 @@ class IdentityBatches:
             raise UserError(
                 f"--batch-size {batch_size}{processes}: there are only {self.classes} training identities"
             )
-        self._rows = {modality: part.argsort(kind="stable") for modality, part in labels.items()}
-        self._counts = {modality: np.bincount(part) for modality, part in labels.items()}
+        trained = {modality: np.flatnonzero(part >= 0) for modality, part in labels.items()}
+        self._rows = {k: rows[labels[k][rows].argsort(kind="stable")] for k, rows in trained.items()}
+        self._counts = {k: np.bincount(labels[k][rows]) for k, rows in trained.items()}
         self._first = {modality: counts.cumsum() - counts for modality, counts in self._counts.items()}
-        most = max(len(part) for part in labels.values())
+        most = max(map(len, trained.values()))
         self._steps = most // (batch_size * num_pos * world_size) + 1
 
     def __len__(self) -> int:
@@ -185,7 +187,7 @@ class TrainLoader:
         """
         stored = "visible" if modality == "aux" else modality
         labels = self.labels[stored]
-        rows = np.arange(rank, len(labels), world_size)
+        rows = np.flatnonzero(labels >= 0)[rank::world_size]
         channel = None
         if modality == "aux":
             channel = generator(self.seed, epoch, "memory").integers(3, size=len(labels))
@@ -224,11 +226,15 @@ class TrainLoader:
 
     def _timed(self, items: Iterator[Item]) -> Iterator[Item]:
         self.wait_seconds = 0.0
+        given = torch.cuda.Event() if self.device.type == "cuda" else None
         with contextlib.closing(items):
             while True:
+                if given:
+                    given.record()  # behind all the work that the GPU has been given
                 start = time.perf_counter()
                 item = next(items, None)
-                self.wait_seconds += time.perf_counter() - start
+                if given is None or given.query():  # else the GPU is busy, and nothing waits
+                    self.wait_seconds += time.perf_counter() - start
                 if item is None:
                     return
                 yield item

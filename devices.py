@@ -1,5 +1,6 @@
 """Devices, precision, seeds, and the processes that torchrun starts."""
 
+import datetime
 import os
 import random
 from collections.abc import Iterable
@@ -48,6 +49,9 @@ def cpu_has_bfloat16() -> bool:
         return False
 
 
+WAIT = datetime.timedelta(hours=4)  # for a process that decodes a dataset's images while the others wait
+
+
 class Processes:
     """This process among those that torchrun started: rank, world_size and the collectives of a run.
 
@@ -62,7 +66,8 @@ class Processes:
     def start(self, device: torch.device) -> None:
         """Join the other processes, over NCCL on GPUs and gloo on the CPU; again is no harm."""
         if self.world_size > 1 and not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend, timeout=WAIT)
 
     def stop(self) -> None:
         """Leave the other processes."""

@@ -53,10 +53,9 @@ class Protocol:
 class Evaluation:
     """Queries and galleries of several protocols and trials, and the images that any of them needs.
 
-    trials: which of the dataset's. keep: hold the decoded images (uint8) in memory, for several calls of
-    `features`. allow_short: see gallery_samples; what it let pass is told in `short`. more: images to embed
-    besides. check_stop: called at every batch; what it raises ends the work. Raises UserError for a dataset
-    that is not there or does not hold what a protocol needs.
+    trials: which of the dataset's. allow_short: see gallery_samples; what it let pass is told in `short`.
+    more: images to embed besides. check_stop: called at every batch; what it raises ends the work. Raises
+    UserError for a dataset that is not there or does not hold what a protocol needs.
     """
 
     def __init__(
@@ -66,13 +65,12 @@ class Evaluation:
         trials: Sequence[int],
         height: int,
         width: int,
-        keep: bool = False,
         allow_short: bool = False,
         more: Sequence[Samples] = (),
         check_stop: Callable[[], None] = lambda: None,
     ):
-        self.height, self.width, self.keep, self.check_stop = height, width, keep, check_stop
-        self.pixels: dict[str, np.ndarray] = {}  # {modality: (N, H, W, 3) uint8}, once decoded and kept
+        self.height, self.width, self.check_stop = height, width, check_stop
+        self.pixels: dict[str, np.ndarray] = {}  # {modality: (n, H, W, 3) uint8}, once `load` was called
         self.samples: dict[tuple[Protocol, int], tuple[Samples, Samples]] = {}
         short = set()
         queries: dict[tuple[str, int | None], Samples] = {}  # only RegDB's differ between trials
@@ -129,10 +127,15 @@ class Evaluation:
         for modality, rows in self.rows.items():
             those = (samples for samples in self.all_samples(trial) if samples.modality == modality)
             wanted = sorted({rows[path] for samples in those for path in samples.paths})
-            mine = wanted[processes.rank :: processes.world_size]
+            mine = [row for row in wanted if row % processes.world_size == processes.rank]
             all_features = torch.zeros(len(rows), model.dim, device=device)
             if mine:
-                source = self._source(modality, mine, workers)
+                if modality in self.pixels:
+                    kept, places = self.pixels[modality], [row // processes.world_size for row in mine]
+                    source = kept if len(places) == len(kept) else kept[places]
+                else:
+                    paths = list(rows)
+                    source = [paths[row] for row in mine]
                 batches = evaluation_batches(source, self.height, self.width, batch_size, device, workers)
                 number = math.ceil(len(mine) / batch_size)
                 shown = self._checked(tqdm(batches, modality, number, leave=False, disable=None))
@@ -147,18 +150,19 @@ class Evaluation:
             self.check_stop()
             yield batch
 
-    def _source(self, modality: str, rows: list[int], workers: int) -> list[str] | np.ndarray:
-        paths = list(self.rows[modality])
-        if not self.keep:
-            return [paths[row] for row in rows]
-        if modality not in self.pixels:
+    def load(self, workers: int, processes: Processes) -> None:
+        """Decode this process's share of all images and keep it (uint8) for every call of `features`.
+
+        UserError naming every image that cannot be read.
+        """
+        for modality, rows in self.rows.items():
+            paths = list(rows)[processes.rank :: processes.world_size]
             pixels = np.empty((len(paths), self.height, self.width, 3), np.uint8)
             start = 0
             for batch in self._checked(decode(paths, self.height, self.width, workers)):
                 pixels[start : start + len(batch)] = batch
                 start += len(batch)
             self.pixels[modality] = pixels
-        return self.pixels[modality][rows]
 
     def score(
         self, features: Features, rerank: str | None = None, trial: int | None = None

@@ -247,15 +247,20 @@ def open_training_arrays(
     width: int,
     paths: dict[str, Sequence[str]] | None = None,
     prefix: str = "train",
+    data_path: str | os.PathLike | None = None,
 ) -> TrainingArrays:
     """Open the arrays of write_training_arrays, memory-mapped, or other code's under the same names.
 
     paths, {modality: paths}, are the images as they are now. Arrays without a manifest are taken with a
-    warning.
+    warning. data_path: the dataset's folder, for messages, where that is another one.
     UserError, naming the file: missing, unreadable, another dtype, shape or size, labels of another number,
     with holes or in one modality only, or arrays that were not made from the images as they are now.
     """
-    remake = f"run python pre_process_sysu.py --data-path {folder} --img-h {height} --img-w {width}"
+    output = "" if data_path is None or Path(data_path) == Path(folder) else f" --output {folder}"
+    remake = (
+        f"run python pre_process_sysu.py --data-path {data_path or folder}{output} "
+        f"--img-h {height} --img-w {width}"
+    )
     files = array_files(folder, prefix)
     manifest_file = _manifest_file(folder, prefix)
     manifest = _read_manifest(manifest_file, remake)
@@ -279,7 +284,10 @@ def open_training_arrays(
     elif len(manifest["pids"]) != classes:
         raise UserError(f"{files['visible'][1]}: does not belong to {manifest_file}; {remake}")
     elif paths is not None and manifest["fingerprint"] != fingerprint(paths):
-        raise UserError(f"{files['visible'][0]}: the images have changed since it was made; {remake}")
+        raise UserError(
+            f"{files['visible'][0]}: the images have changed since it was made, or were copied without "
+            f"their times (cp -a keeps them); {remake}"
+        )
     return TrainingArrays(
         images=images,
         labels={modality: part.astype(np.int64) for modality, part in labels.items()},

@@ -165,9 +165,13 @@ def load_backbone(resnet: nn.Module, weights: str | os.PathLike, arch: str) -> N
     state = imagenet_weights(arch) if weights == "imagenet" else load_weights(weights)
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    load_strictly(
-        resnet, state | {f"fc.{k}": v for k, v in resnet.fc.state_dict().items()}, f"--weights {weights}"
-    )
+    # Weights from before torch counted batches, as torchvision's of 2017, have no such counts.
+    unneeded = {
+        k: v
+        for k, v in resnet.state_dict().items()
+        if k.startswith("fc.") or k.endswith("num_batches_tracked")
+    }
+    load_strictly(resnet, unneeded | state, f"--weights {weights}")
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:

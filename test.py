@@ -299,7 +299,7 @@ def main(args: argparse.Namespace) -> None:
     protocols = [Protocol(args.dataset, mode, shot, args.galleries) for mode in modes for shot in shots]
     everything = all_test_images(root) if args.save_mat else []
     evaluation = Evaluation(
-        root, protocols, trials, args.img_h, args.img_w, keep=len(paths) > 1, allow_short=args.allow_short,
+        root, protocols, trials, args.img_h, args.img_w, allow_short=args.allow_short,
         more=everything,
     )  # fmt: skip
     written = [path for path in (args.json, args.save_features, args.figure) if path]

@@ -9,6 +9,7 @@ under log/vis_log/.
 """
 
 import argparse
+import contextlib
 import shlex
 import shutil
 import sys
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from augmentation import normalize
 from devices import Processes
 from eval_metrics import Metrics
 from flags import checked_settings, parse_training_args, trials_of
@@ -103,10 +105,11 @@ def refuse_non_finite_weights(model: torch.nn.Module, epoch: int) -> None:
             raise NotFinite(f"the weight {name} is not finite after epoch {epoch + 1}")
 
 
-def refuse_small_disk(model: torch.nn.Module, run: Run) -> None:
-    """UserError if the checkpoints of the run (and the one being written) do not fit on the disk."""
+def refuse_small_disk(model: torch.nn.Module, run: Run, later: int) -> None:
+    """UserError if the checkpoints of the run and of `later` ones of --trial all do not fit on the disk."""
     size = 4 * sum(value.numel() for value in model.state_dict().values())
     need = (1 + 3 + 3) * size  # best, last with Adam's two moments, and last again while it is written
+    need += later * (1 + 3) * size
     folder = run.last.parent
     free = shutil.disk_usage(existing(folder)).free
     free += sum(path.stat().st_size for path in (run.best, run.last) if path.exists())  # they make room
@@ -185,6 +188,7 @@ def fit(training: Training, run: Run) -> None:
                 writer.add_scalar(name, value, number)
             writer.flush()  # before the checkpoint, which a resumed run goes on from: no gap
             run.save(training.state(number, run.log_size()), is_best, SELECTION[args.select])
+        training.load_test_images()  # a broken one is told after the first epoch, not after hours
         processes.wait()
     if writer is not None:
         writer.close()
@@ -196,9 +200,12 @@ def fit(training: Training, run: Run) -> None:
 
 
 def train_run(
-    args: argparse.Namespace, trial: int, processes: Processes, check_stop: Callable[[], None]
+    args: argparse.Namespace, trial: int, later: int, processes: Processes, check_stop: Callable[[], None]
 ) -> None:
-    """Train one run, from its start or its checkpoint, to its last epoch; or check that this can be done."""
+    """Train one run, from its start or its checkpoint, to its last epoch; or check that this can be done.
+
+    later: how many trials follow this one.
+    """
     if args.resume and args.overwrite:
         raise UserError("--overwrite would replace the run that --resume continues: give one of them")
     args, run, checkpoint = open_run(args, trial)
@@ -217,7 +224,8 @@ def train_run(
         if checkpoint is None and first and not args.overwrite:
             run.refuse_to_overwrite(args.epochs)
         training = Training(args, trial, checkpoint, processes, check_stop)
-        refuse_small_disk(training.model, run)
+        if first:
+            refuse_small_disk(training.model, run, later)
         if first and not args.check:
             if checkpoint is None:
                 run.remove()
@@ -225,6 +233,9 @@ def train_run(
         for line in [*environment(), *training.describe(), f"run: {run.last}"]:
             log.info("%s", line)
         check(training) if args.check else fit(training, run)
+    except torch.OutOfMemoryError as error:
+        sizes = f"--batch-size {args.batch_size} --num-pos {args.num_pos} or --test-batch {args.test_batch}"
+        raise UserError(f"the GPU's memory is too small for {sizes} at {args.img_h}x{args.img_w}") from error
     except OSError as error:
         raise UserError(f"{error.filename or run.events}: {error.strerror or error}") from error
     finally:
@@ -233,20 +244,29 @@ def train_run(
 
 
 def check(training: Training) -> None:
-    """One step on a real batch and one evaluation batch, and what they took; nothing is written."""
-    bank, loader = training.bank, training.loader
+    """One step on a real batch, one evaluation batch, and what they took; no checkpoint and no log."""
+    bank, loader, device = training.bank, training.loader, training.device
     bank.reset({modality: torch.randn_like(bank.shared.proxies) for modality in MODALITIES})
     began = time.perf_counter()
     losses = train_one_epoch(training, islice(loader.epoch(0), 1), 1, 0)
     log.info(
         "one step: loss %.3f, %.1f s (the first is the slowest)", losses[0, 0], time.perf_counter() - began
     )
-    training.model.eval()
-    images, _ = next(iter(loader.memory_batches("infrared", training.args.test_batch, 0)))
-    features = extract_features(training.model, [images], "infrared", training.dtype)
+    training.load_test_images()
+    images = torch.from_numpy(training.evaluation.pixels["infrared"][: training.args.test_batch])
+    features = extract_features(
+        training.model.eval(), [normalize(images.to(device))], "infrared", training.dtype
+    )
     log.info("one evaluation batch: %d images, %d features each", *features.shape)
-    if training.device.type == "cuda":
-        log.info("peak GPU memory: %.1f GB", torch.cuda.max_memory_allocated() / 1e9)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        log.info("GPU memory: at most %.1f of %.1f GB", torch.cuda.max_memory_reserved() / 1e9, total / 1e9)
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        log.info("memory of this process: at most %.1f GB", peak / 1e9)
     log.info("memory bank: %.0f MB", 8 * bank.shared.proxies.nbytes / 1e6)
     log.info("check passed: no checkpoint and no log was written")
 
@@ -267,10 +287,11 @@ def main(args: argparse.Namespace) -> int | None:
                     run.acquire()
                     run.remove()
                     run.release()
-            for trial in trials_of(args):
+            trials = trials_of(args)
+            for later, trial in zip(reversed(range(len(trials))), trials, strict=True):
                 if args.trial == "all":
                     log.info("RegDB, trial %d of 10", trial)
-                train_run(args, trial, processes, check_stop)
+                train_run(args, trial, later, processes, check_stop)
         except Stopped as stopped:
             words = [word for word in sys.argv if word != "--overwrite"]
             resume = [] if "--resume" in " ".join(words) else ["--resume", "auto"]

@@ -28,12 +28,15 @@ SELECTION = {
 def load_training_data(
     args: argparse.Namespace, root: Path, trial: int, check_stop: Callable[[], None]
 ) -> tuple[dict, dict, str]:
-    """Training images {modality: (N, H, W, 3) uint8}, labels {modality: (N,) int64} and a fingerprint."""
+    """Training images {modality: (N, H, W, 3) uint8}, labels {modality: (N,) int64} and a fingerprint.
+
+    Label -1: an image of a val id, which --select val does not train on.
+    """
     samples = data_manager.train_samples(args.dataset, root, trial)
     paths = {modality: those.paths for modality, those in samples.items()}
     folder = args.array_path or root
     if args.dataset == "sysu":
-        arrays = open_training_arrays(folder, args.img_h, args.img_w, paths)
+        arrays = open_training_arrays(folder, args.img_h, args.img_w, paths, data_path=root)
     else:  # decoded on the first run, opened on the next
         prefix = f"train_{trial}" if args.dataset == "regdb" else "train"
         pids = sorted({int(pid) for pid in samples["visible"].pids})
@@ -48,18 +51,17 @@ def load_training_data(
             f"--select val needs to know the ids behind the arrays in {folder}: run pre_process_sysu.py"
         )
     train = data_manager.train_samples(args.dataset, root, trial, split="train")
-    kept_labels = np.flatnonzero(np.isin(arrays.pids, train["visible"].pids))
-    images, labels = {}, {}
-    for modality, own in arrays.labels.items():
-        rows = np.flatnonzero(np.isin(own, kept_labels))
-        images[modality] = arrays.images[modality][rows]
-        labels[modality] = np.searchsorted(kept_labels, own[rows])
-    return images, labels, arrays.fingerprint
+    kept = np.flatnonzero(np.isin(arrays.pids, train["visible"].pids))  # labels
+    labels = {
+        modality: np.where(np.isin(own, kept), np.searchsorted(kept, own), -1)
+        for modality, own in arrays.labels.items()
+    }
+    return arrays.images, labels, arrays.fingerprint
 
 
 def describe_data(images: dict[str, np.ndarray], labels: dict[str, np.ndarray], fingerprint: str) -> str:
     """The training data in one line."""
-    counts = ", ".join(f"{len(those)} {modality}" for modality, those in images.items())
+    counts = ", ".join(f"{(own >= 0).sum()} {modality}" for modality, own in labels.items())
     height, width = images["visible"].shape[1:3]
     identities = labels["visible"].max() + 1
     return f"training data: {identities} identities, {counts} images of {height}x{width}, {fingerprint[:16]}"
@@ -89,7 +91,7 @@ class Training:
         self.protocol = Protocol(args.dataset, args.mode, split=split)
         trials = (trial,) if args.dataset == "regdb" else data_manager.DATASETS[args.dataset].trials
         self.evaluation = Evaluation(
-            root, [self.protocol], trials, args.img_h, args.img_w, keep=True, check_stop=check_stop
+            root, [self.protocol], trials, args.img_h, args.img_w, check_stop=check_stop
         )
         if processes.rank > 0:
             processes.wait()  # until the first process has made the arrays, where they have to be made
@@ -129,7 +131,8 @@ class Training:
                 )
             try:
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
-                self.scaler.load_state_dict(checkpoint["scaler"])
+                if checkpoint["scaler"]:  # empty but of a run in fp16: --amp auto differs between GPUs
+                    self.scaler.load_state_dict(checkpoint["scaler"])
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise UserError(f"--resume {args.resume}: broken state of the optimizer: {error}") from error
             if checkpoint.get("data") != self.data:
@@ -184,8 +187,14 @@ class Training:
         }
         return gathered, self.processes.gather(labels).flatten()
 
+    def load_test_images(self) -> None:
+        """Decode the images that are evaluated on, unless it was done; UserError naming every broken one."""
+        if not self.evaluation.pixels:
+            self.evaluation.load(self.args.workers, self.processes)
+
     def evaluate(self) -> Metrics:
         """The metrics of the network as it is now, mean over the trials."""
+        self.load_test_images()
         self.model.eval()
         args = self.args
         features = self.evaluation.features(

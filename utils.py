@@ -23,7 +23,11 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> None:
-    """Run main(args), then exit: 0 or what it returned; 2 after a UserError, in one line; 130 at Ctrl-C."""
+    """Run main(args), then exit: 0 or what it returned; 2 after a UserError, in one line; 130 at Ctrl-C.
+
+    SIGTERM ends it with 143, but after what was begun, such as a file half-written, has been cleared away.
+    """
+    former = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     try:
         sys.exit(main(args))
     except UserError as error:
@@ -31,6 +35,8 @@ def run_script(main: Callable[[argparse.Namespace], int | None], args: argparse.
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 @contextlib.contextmanager

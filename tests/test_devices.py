@@ -20,6 +20,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def test_the_cpu_is_taken_with_a_line_that_says_why(gpu, reason, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4 if gpu < 0 else 0)
     monkeypatch.setattr(logging.getLogger("mce"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("mce"), "handlers", [])  # a former test's
     with caplog.at_level(logging.INFO, "mce"):
         assert select_device(gpu) == CPU
     assert [record.getMessage() for record in caplog.records] == [f"running on the CPU ({reason})"]

@@ -61,7 +61,8 @@ def test_kept_images_are_decoded_once(sysu, monkeypatch):
     monkeypatch.setattr(
         evaluation, "decode", lambda paths, *a: decoded.append(len(paths)) or original(paths, *a)
     )
-    evaluated = Evaluation(sysu, [ALL], [0, 1], 32, 16, keep=True)
+    evaluated = Evaluation(sysu, [ALL], [0, 1], 32, 16)
+    evaluated.load(1, Processes())
     first, second, one = embed(evaluated), embed(evaluated), embed(evaluated, trial=1)
     assert sorted(decoded) == sorted(map(len, evaluated.rows.values()))
     from_files = embed(Evaluation(sysu, [ALL], [0, 1], 32, 16))
@@ -79,14 +80,20 @@ def test_kept_images_are_decoded_once(sysu, monkeypatch):
         assert (one[modality][others] == 0).all()
 
 
-def test_processes_share_the_images(sysu):
-    """What two processes embed each adds up to what one embeds."""
-    evaluated = Evaluation(sysu, [ALL], [0], 32, 16)
+@pytest.mark.parametrize("kept", [False, True])
+def test_processes_share_the_images(sysu, kept):
+    """What two processes decode and embed each adds up to what one embeds."""
     shares = []
     for rank in range(2):
+        evaluated = Evaluation(sysu, [ALL], [0], 32, 16)
         processes = Processes()
         processes.rank, processes.world_size, processes.sum = rank, 2, lambda tensor: tensor
+        if kept:
+            evaluated.load(1, processes)
+            for modality, rows in evaluated.rows.items():
+                assert len(evaluated.pixels[modality]) == len(range(rank, len(rows), 2))
         shares.append(embed(evaluated, processes=processes))
+    evaluated = Evaluation(sysu, [ALL], [0], 32, 16)
     for modality, whole in embed(evaluated).items():
         torch.testing.assert_close(shares[0][modality] + shares[1][modality], whole, rtol=0, atol=1e-6)
         assert ((shares[0][modality] == 0).all(1) ^ (shares[1][modality] == 0).all(1)).all()

@@ -348,6 +348,22 @@ def test_a_small_disk_is_refused_before_the_first_epoch(sysu, train_here, monkey
     assert "epoch 1" not in output
 
 
+def test_the_trials_to_come_need_room_too(tmp_path, train_here, monkeypatch):
+    """A checkpoint and its best one of the ten trials: 40 networks' sizes; of one trial four, and a third."""
+    root = tmp_path / "regdb"
+    synthetic.draw_dataset(synthetic.plan_regdb(4, 2, 2, 0), root, height=48, width=24)
+    flags = [*tiny_flags(root), "--dataset", "regdb", "--epochs", 1]
+    status, output, _ = train_here(*flags, "--check", "--trial", 3)
+    assert status == 0
+    need = float(output.partition("checkpoints need ")[2].split()[0])
+    usage = namedtuple("usage", "total used free")(10**9, 0, int(3 * need * 1e6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    status, output, errors = train_here(*flags, "--trial", "all")
+    assert status == 2
+    assert "are needed" in errors[0]
+    assert "epoch 1" not in output
+
+
 def test_the_checkpoints_that_are_there_count_as_room(unfinished, train_here, monkeypatch):
     _, flags = unfinished
     usage = namedtuple("usage", "total used free")(10**9, 8 * 10**8, 2 * 10**8)  # enough with what goes

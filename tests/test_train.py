@@ -301,7 +301,7 @@ def test_a_run_that_is_there_is_not_overwritten(sysu, trained, train_here):
         ("--trial 2", ["--trial"]),
         ("--amp fp16", ["--amp fp16"]),
         ("--img-h 64", ["train_rgb_resized_img.npy", "pre_process_sysu.py", "--img-h 64"]),
-        ("--array-path EMPTY", ["EMPTY", "pre_process_sysu.py"]),
+        ("--array-path EMPTY", ["pre_process_sysu.py --data-path DATA --output EMPTY"]),
         ("--weights EMPTY/none.pth", ["EMPTY/none.pth"]),
         ("--resume EMPTY/none_last.t", ["EMPTY/none_last.t"]),
         ("--model-path FILE/below", ["FILE/below"]),
@@ -314,13 +314,16 @@ def test_a_run_that_is_there_is_not_overwritten(sysu, trained, train_here):
 def test_bad_input_is_refused_by_name(sysu, train_here, tmp_path, capsys, flags, words):
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "FILE").write_text("a file")
-    place = {"EMPTY": str(tmp_path / "EMPTY"), "FILE": str(tmp_path / "FILE")}
+    place = {"EMPTY": str(tmp_path / "EMPTY"), "FILE": str(tmp_path / "FILE"), "DATA": str(sysu)}
     for name, path in place.items():
         flags = flags.replace(name, path)
     status, _, errors = train_here(*tiny_flags(sysu), "--epochs", 1, *flags.split())
     assert status == 2
     assert len(errors) == 1, errors
-    assert all(word.replace("EMPTY", place["EMPTY"]) in errors[0] for word in words if "FILE" not in word)
+    for word in words:
+        for name, path in place.items():
+            word = word.replace(name, path)
+        assert word in errors[0]
     assert files(tmp_path / "work") == []
 
 
@@ -437,16 +440,19 @@ def test_broken_datasets_are_refused_by_name(copy, train_here, tmp_path, case):
     assert files(tmp_path / "work") == []
 
 
-def test_broken_test_images_are_listed_before_the_first_epoch(copy, train_here, tmp_path):
+def test_broken_test_images_are_listed_by_a_check_and_after_the_first_epoch(copy, train_here, tmp_path):
     pids = [int(pid) for pid in (copy / "exp" / "test_id.txt").read_text().split(",")]
     bad = [sorted((copy / f"cam{camera}").glob(f"{pid:04d}/*.jpg")) for camera in (3, 6) for pid in pids]
     bad = [images[0] for images in bad if images][:2]
     bad[0].write_bytes(b"")
     bad[1].write_bytes(bad[1].read_bytes()[:200])
-    status, _, errors = train_here(*tiny_flags(copy), "--epochs", 1)
-    assert status == 2
-    assert len(errors) == 1, errors
-    assert all(str(path) in errors[0] for path in bad)
+    for words, epochs in (["--check"], 0), (["--epochs", 3, "--eval-start", 2], 1):
+        status, output, errors = train_here(*tiny_flags(copy), *words)
+        assert status == 2
+        assert len(errors) == 1, errors
+        assert all(str(path) in errors[0] for path in bad)
+        assert output.count("\nepoch ") == epochs
+    assert load_checkpoint(only(tmp_path, "work/save_model/*_last.t"))["epoch"] == 1
 
 
 def test_what_datasets_collect_is_passed_over(copy, train_here):

@@ -51,6 +51,21 @@ def test_a_user_error_is_one_line_and_status_2(monkeypatch, capsys):
     )
 
 
+def test_sigterm_is_status_143_and_clears_a_file_half_written(tmp_path):
+    def main(args):
+        with whole_file(tmp_path / "result") as temporary:
+            temporary.write_text("half of it")
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        run_script(main, argparse.Namespace())
+    assert stop.value.code == 143
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_ctrl_c_is_status_130_without_a_traceback(capsys):
     def main(args):
         raise KeyboardInterrupt
