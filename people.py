@@ -1,9 +1,10 @@
 """Drawings of people: an identity, a camera and a moment make an image, visible, near-infrared or thermal.
 
 An identity has lasting traits (build, hair, garments, bag, shoes); a camera a viewpoint, backgrounds, light,
-blur and noise; a moment a pose, a shift and perhaps an occlusion. Every surface has a visible colour, a
-near-infrared reflectance and a warmth, drawn independently of each other: colour helps within the visible
-modality and misleads across, while shape, cut, pattern and material carry over.
+blur and noise; a moment a pose, a shift, its light and perhaps an occlusion. Every surface has a visible
+colour, a near-infrared reflectance and a warmth, drawn independently of each other, so that colour helps
+within the visible modality and misleads across, while shape, cut, pattern and material carry over. Of a
+pattern's two inks the same one is the lighter in visible light and in near infrared.
 """
 
 import math
@@ -111,18 +112,22 @@ def _colour(rng: np.random.Generator, palette: list) -> tuple[float, float, floa
 def _cloth(
     rng: np.random.Generator, pattern: str = "plain", warmth: tuple[float, float] = (0.3, 0.75)
 ) -> Cloth:
-    """A garment's surface: the material decides gloss, quilting and the pattern's contrast in infrared."""
+    """A garment's surface: the material decides gloss, quilting and which ink of a pattern is the lighter."""
+    lighter = rng.choice([-1, 1])  # the accent, or the ink that it is on
     ink, accent = _colour(rng, PALETTE), _colour(rng, PALETTE)
-    while abs(np.mean(ink) - np.mean(accent)) < 0.25:  # so that a grey picture of it shows the pattern too
-        accent = _colour(rng, PALETTE)
-    infrared, warm = rng.uniform(0.15, 0.8), rng.uniform(*warmth)
-    contrast = rng.uniform(0.45, 0.6) * (1 if infrared < 0.45 else -1)
+    while lighter * (np.mean(accent) - np.mean(ink)) < 0.25:  # so that a grey picture shows the pattern too
+        ink, accent = _colour(rng, PALETTE), _colour(rng, PALETTE)
+    infrared = rng.uniform(0.12, 0.38) if lighter > 0 else rng.uniform(0.6, 0.9)
+    if pattern == "plain":
+        ink, infrared = _colour(rng, PALETTE), rng.uniform(0.3, 0.7)
+    infrared_accent = float(np.clip(infrared + lighter * rng.uniform(0.4, 0.55), 0.05, 0.95))
+    warm = rng.uniform(*warmth)
     gloss, quilt = rng.choice([0, 0, 0.3, 0.5]), rng.random() < 0.15 and pattern == "plain"
     return Cloth(
         Ink(ink, infrared, warm),
-        Ink(accent, infrared + contrast, warm + rng.choice([-0.12, 0.12])),
+        Ink(accent, infrared_accent, warm + rng.choice([-0.12, 0.12])),
         pattern,
-        period=rng.choice([0.08, 0.105, 0.135]),
+        period=rng.choice([0.105, 0.14, 0.18]),
         gloss=float(gloss),
         quilt=bool(quilt),
     )
@@ -177,7 +182,7 @@ def make_camera(seed: int, modality: str, camid: int, thermal: bool = False) -> 
         light=rng.uniform(-1.0, 1.0) * visible,  # the illuminator sits beside the infrared camera's lens
         brightness=rng.uniform(0.7, 1.15) if visible else rng.uniform(0.8, 1.1),
         contrast=rng.uniform(0.75, 1.1),
-        saturation=rng.uniform(0.2, 0.7),
+        saturation=rng.uniform(0.1, 0.5),
         cast=tuple(rng.uniform(0.8, 1.15, 3).tolist()) if visible else (1.0,),
         blur=rng.uniform(0.2, 0.5) if visible else rng.uniform(0.3, 0.6),
         noise=rng.uniform(0.003, 0.01) if visible else rng.uniform(0.006, 0.016),
@@ -625,16 +630,16 @@ def _develop(canvas: Canvas, rng: np.random.Generator) -> Image.Image:
     tall, broad, channels = pixels.shape
     x, y = canvas.x / broad - 0.5, canvas.y / tall - 0.5
     if camera.spectrum == "visible":
-        light = 1 + rng.uniform(-0.25, 0.25) * x + rng.uniform(-0.15, 0.15) * y
+        light = 1 + rng.uniform(-0.4, 0.4) * x + rng.uniform(-0.5, 0.5) * y
     elif camera.spectrum == "infrared":
-        centre = rng.normal(0, 0.12, 2)
+        centre = rng.normal(0, 0.3, 2)
         light = 1.15 - rng.uniform(0.4, 0.9) * (0.7 * (x - centre[0]) ** 2 + (y - centre[1]) ** 2)
     else:
         light = np.ones_like(x)
     grey = pixels.mean(axis=2, keepdims=True)
     pixels = (grey + camera.saturation * (pixels - grey)) * light[..., None]
-    pixels = pixels * np.float32(camera.cast) * rng.normal(1, 0.06, channels) * camera.brightness
-    pixels = pixels * rng.uniform(0.75, 1.25)  # automatic exposure is not a trait of the person
+    pixels = pixels * np.float32(camera.cast) * rng.normal(1, 0.12, channels) * camera.brightness
+    pixels = pixels * math.exp(rng.uniform(-0.45, 0.45))  # automatic exposure is not a trait of the person
     pixels = 0.5 + (pixels - 0.5) * camera.contrast
     pixels = pixels.reshape(
         tall // SUPERSAMPLE, SUPERSAMPLE, broad // SUPERSAMPLE, SUPERSAMPLE, channels
