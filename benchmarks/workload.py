@@ -1,9 +1,11 @@
-"""A stand-in for SYSU-MM01: empty files in its layout, arrays in its sizes, what train.py makes of them."""
+"""A stand-in for SYSU-MM01: files in its layout, arrays in its sizes, and what train.py makes of them."""
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import data_manager
 from devices import Processes
@@ -20,20 +22,23 @@ def draw_sysu(
 ) -> None:
     """Write a dataset under root, with {modality: how many} training images, the identities taking turns.
 
-    The image files are empty: nothing reads the training images but preprocessing. noise: random pixels, else
+    The training images' files are empty: nothing reads them but preprocessing. noise: random pixels, else
     zeros in files with holes, which take no space on the disk.
     """
     pids = np.arange(1, identities + 1)
     test_pids = range(identities + 1, identities + 1 + TEST_IDS)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 24)).save(picture, "JPEG")
     (root / "exp").mkdir(parents=True)
     for split, those in (("train", pids[1:]), ("val", pids[:1]), ("test", test_pids)):
         (root / "exp" / f"{split}_id.txt").write_text(",".join(map(str, those)) + "\n")
     for modality, cameras in CAMERAS.items():
         for k in range(counts[modality]):
-            _touch(root, cameras[k // identities % len(cameras)], pids[k % identities], k // identities + 1)
+            camera, pid = cameras[k // identities % len(cameras)], pids[k % identities]
+            _write(root, camera, pid, k // identities + 1, b"")
         for camera in cameras:
             for pid in test_pids:
-                _touch(root, camera, pid, 1)
+                _write(root, camera, pid, 1, picture.getvalue())
 
     samples = data_manager.train_samples("sysu", root)
     labels, rng = data_manager.class_labels(samples), np.random.default_rng(0)
@@ -54,10 +59,10 @@ def draw_sysu(
     (root / "train_resized.json").write_text(json.dumps(manifest))
 
 
-def _touch(root: Path, camera: int, pid: int, index: int) -> None:
+def _write(root: Path, camera: int, pid: int, index: int, content: bytes) -> None:
     folder = root / f"cam{camera}" / f"{pid:04d}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{index:04d}.jpg").touch()
+    (folder / f"{index:04d}.jpg").write_bytes(content)
 
 
 def training_of(root: Path, device: str, *words: object) -> Training:
