@@ -68,6 +68,7 @@ class Processes:
         if self.world_size > 1 and not torch.distributed.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend, timeout=WAIT)
+            self.device = device
 
     def stop(self) -> None:
         """Leave the other processes."""
@@ -79,6 +80,14 @@ class Processes:
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def largest(self, number: int) -> int:
+        """The largest of every process's number."""
+        if self.world_size == 1:
+            return number
+        everyones = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(everyones, torch.distributed.ReduceOp.MAX)
+        return int(everyones)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every process's tensor (n, ...), stacked in the order of ranks: (world_size, n, ...)."""

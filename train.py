@@ -66,7 +66,7 @@ def train_one_epoch(training: Training, batches: Batches, steps: int, epoch: int
     history = torch.zeros(steps, 1 + len(TERMS), device=device)
     progress = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)
     for step, (images, labels) in enumerate(progress):
-        training.check_stop()
+        training.check_stop(together=step % LOOK_EVERY == 0)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = network(torch.cat([images["visible"], images["aux"]]), images["infrared"])  # (3n, D)
         visible, aux, infrared = F.normalize(outputs.float()).chunk(3)  # (n, D) each
@@ -149,6 +149,7 @@ def fit(training: Training, run: Run) -> None:
         rate = learning_rate(epoch, args.lr, args.warmup_epochs, args.decay_epochs)
         for group in training.optimizer.param_groups:
             group["lr"] = rate
+        training.check_stop(together=True)
         training.rebuild_memory(epoch)
         rebuilt = time.perf_counter()
         try:
@@ -200,7 +201,7 @@ def fit(training: Training, run: Run) -> None:
 
 
 def train_run(
-    args: argparse.Namespace, trial: int, later: int, processes: Processes, check_stop: Callable[[], None]
+    args: argparse.Namespace, trial: int, later: int, processes: Processes, check_stop: Callable[..., None]
 ) -> None:
     """Train one run, from its start or its checkpoint, to its last epoch; or check that this can be done.
 
@@ -279,7 +280,16 @@ def main(args: argparse.Namespace) -> int | None:
         raise UserError(
             f"--gpu {args.gpu}: of several processes each takes the GPU of its own number: leave it out"
         )
-    with stop_signals() as check_stop:
+    with stop_signals(patience=10 if processes.world_size > 1 else 0) as received:
+
+        def check_stop(together: bool = False) -> None:
+            """Raise Stopped after a signal; of several processes only where all of them ask together."""
+            signum = received[0] if received else 0
+            if processes.world_size > 1:
+                signum = processes.largest(signum) if together else 0
+            if signum:
+                raise Stopped(signum)
+
         try:
             if args.trial == "all" and args.overwrite and not args.check and processes.rank == 0:
                 for trial in trials_of(args):  # all now: a trial left of the former run would count as done

@@ -26,7 +26,7 @@ SELECTION = {
 
 
 def load_training_data(
-    args: argparse.Namespace, root: Path, trial: int, check_stop: Callable[[], None]
+    args: argparse.Namespace, root: Path, trial: int, check_stop: Callable[..., None]
 ) -> tuple[dict, dict, str]:
     """Training images {modality: (N, H, W, 3) uint8}, labels {modality: (N,) int64} and a fingerprint.
 
@@ -76,7 +76,7 @@ class Training:
         trial: int,
         checkpoint: dict | None,
         processes: Processes,
-        check_stop: Callable[[], None],
+        check_stop: Callable[..., None],
     ):
         self.args, self.processes, self.check_stop = args, processes, check_stop
         local = processes.local_rank if processes.world_size > 1 and args.gpu >= 0 else args.gpu

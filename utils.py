@@ -10,6 +10,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,38 +80,35 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Callable[[], None]]:
-    """Yield a function that raises Stopped once SIGTERM or SIGINT has come: call it where stopping is safe.
+def stop_signals(patience: float = 0.0) -> Iterator[list[int]]:
+    """Yield a list that gets the number of each SIGTERM and SIGINT: look at it where stopping is safe.
 
-    The second signal ends the process at once. Python runs a handler between two of its own instructions,
-    and one of them may be a whole backward pass: so a thread watches for the second signal too.
+    The second signal ends the process at once; not within `patience` seconds of the first, for a launcher
+    that passes on what the terminal has sent everyone. Python runs a handler between two of its own
+    instructions, and one of them may be a whole backward pass: so a thread watches for the second signal.
     """
-    received = []
+    received: list[int] = []
     watched, woken = socket.socketpair()  # the interpreter writes each signal's number to woken at once
     woken.setblocking(False)
 
     def watch() -> None:
-        count = 0
-        while numbers := watched.recv(8):
-            count += len(numbers)
-            if count > 1:
-                os._exit(128 + numbers[-1])
+        first = None
+        while numbers := watched.recv(1):
+            now = time.monotonic()
+            if first is None:
+                first = now
+            elif now - first >= patience:
+                os._exit(128 + numbers[0])
 
     def note(signum: int, _: object) -> None:
         received.append(signum)
-        for number in former:
-            signal.signal(number, signal.SIG_DFL)
-
-    def check() -> None:
-        if received:
-            raise Stopped(received[0])
 
     former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     former_wakeup = signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield check
+        yield received
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)

@@ -71,4 +71,4 @@ def training_of(root: Path, device: str, *words: object) -> Training:
     args = parse_training_args(
         ["--data-path", str(root), "--weights", "none", "--gpu", str(gpu), *map(str, words)]
     )
-    return Training(args, 1, None, Processes(), lambda: None)
+    return Training(args, 1, None, Processes(), lambda **_: None)

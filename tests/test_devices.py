@@ -98,6 +98,7 @@ def test_alone_every_collective_is_the_identity(monkeypatch):
     assert processes.gather(tensor).shape == (1, 2, 2)
     assert torch.equal(processes.gather(tensor)[0], tensor)
     processes.share([tensor])
+    assert processes.largest(7) == 7
     processes.wait()
     processes.stop()
     assert tensor.tolist() == [[1.0, 2.0], [3.0, 4.0]]
@@ -117,6 +118,7 @@ def collect(rank, rendezvous, folder):
     total = processes.sum(tensor.clone())
     shared = [torch.full((2,), float(rank)), torch.tensor(rank + 5)]
     processes.share(shared)
+    assert processes.largest(10 - rank) == 10
     processes.wait()
     processes.stop()
     assert not torch.distributed.is_initialized()
