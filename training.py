@@ -153,6 +153,7 @@ class Training:
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         return [
             self.data,
+            f"input: border {args.pad}; pixels on the {self.loader.cache}",
             f"network: {args.arch}, {args.stem} stem, {millions:.1f} million weights, {args.weights} first",
             f"device: {device.type} ({name}), {precision}, {self.processes.world_size} process(es)",
             f"a step: {args.batch_size} identities x {args.num_pos} images x 3 in each process; "

@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import synthetic
 import train
@@ -49,6 +51,23 @@ def draw_sysu(root, identities=8, seed=0):
     pids = sorted({int(pid) for pid in samples["visible"].pids})
     write_training_arrays(root, paths, class_labels(samples), pids, 32, 16, workers=1)
     return root
+
+
+def draw_images(folder, number, size=(12, 30), seed=0):
+    """Write smooth images of that PIL size, return their paths."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for k in range(number):
+        small = Image.fromarray(rng.integers(0, 256, (4, 3, 3), dtype=np.uint8))
+        paths.append(str(folder / f"{k:04d}.png"))
+        small.resize(size).save(paths[-1])
+    return paths
+
+
+def read_slowly(path, height, width):
+    with Image.open(path) as image:
+        return np.array(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
 
 
 def pytest_addoption(parser):

@@ -7,11 +7,6 @@ from PIL import Image
 
 from augmentation import Draws, augment, augment_batch, draw_augmentation, normalize
 
-CPU = torch.device("cpu")
-COLOUR = (200, 40, 90)
-EXIF_ORIENTATION = 0x0112
-
-
 # --- augmentation
 
 

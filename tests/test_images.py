@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import draw_images, read_slowly
 from PIL import Image
 
 import images
@@ -25,26 +25,8 @@ from images import (
 )
 from utils import UserError
 
-CPU = torch.device("cpu")
 COLOUR = (200, 40, 90)
 EXIF_ORIENTATION = 0x0112
-
-
-def draw_images(folder, number, size=(12, 30), seed=0):
-    """Write smooth images of that PIL size, return their paths."""
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for k in range(number):
-        small = Image.fromarray(rng.integers(0, 256, (4, 3, 3), dtype=np.uint8))
-        paths.append(str(folder / f"{k:04d}.png"))
-        small.resize(size).save(paths[-1])
-    return paths
-
-
-def read_slowly(path, height, width):
-    with Image.open(path) as image:
-        return np.array(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
 
 
 # --- reading

@@ -234,7 +234,7 @@ def test_a_signal_stops_all_processes_together(sysu, tmp_path):
 
 def test_the_second_ctrl_c_stops_training_within_a_step(sysu, tmp_path):
     folder = tmp_path / "run"
-    process = start(folder, *tiny_flags(sysu), "--num-pos", "3000")  # a step that would take a minute
+    process = start(folder, *tiny_flags(sysu), "--num-pos", "1000")  # a step of many seconds
     try:
         wait_until_it_says("run: ", process, folder)
         time.sleep(3)  # the memory's rebuild takes a part of a second
