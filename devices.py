@@ -3,6 +3,7 @@
 import datetime
 import os
 import random
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -73,6 +74,8 @@ class Processes:
     def stop(self) -> None:
         """Leave the other processes."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
+            if self.rank == 0:  # it holds the store through which the others take their leave:
+                time.sleep(0.5)  # torch 2.6's gloo hung about once in ten times when it was gone first
             torch.distributed.destroy_process_group()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
