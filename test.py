@@ -307,6 +307,8 @@ def main(args: argparse.Namespace) -> None:
         refuse_unwritable(path)
     device, processes = select_device(args.gpu), Processes()
     dtype = autocast_dtype(args.amp, device)
+    if len(paths) > 1:  # every trial has a model of its own, and mostly the same images
+        evaluation.load(args.workers, processes)
 
     reranks = dict.fromkeys((None, args.rerank))
     results = {(protocol, rerank): [] for protocol in protocols for rerank in reranks}
