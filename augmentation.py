@@ -4,8 +4,6 @@ docs/method.md, section 3 (Cheng et al., AAAI 2023). The draws are made on the C
 CPU and a GPU augment alike.
 """
 
-import functools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,69 +102,58 @@ def _constants(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Augment images (n, H, W, 3) uint8 into (n, 3, H, W) float32, channels_last, on the same device.
 
-    A GPU takes the batch in a few kernels. A CPU takes it image by image, each staying in its caches, with
-    torch's number of threads: about three times as fast as the same kernels there.
+    A GPU takes the batch in a few kernels. A CPU crops, flips and exchanges channels image by image, whose
+    bytes stay in its caches, and makes floats of the whole batch: several times as fast there as the kernels.
     """
     if images.device.type != "cpu":
         return augment_batch(images, draws)
-    pixels, out = list(images.numpy()), np.empty(images.shape, dtype=np.float32)
+    n, height, width, _ = images.shape
+    sources = list(images.numpy())
     flipped = np.flatnonzero(draws.flip)
-    lines = images.index_select(0, torch.from_numpy(flipped)).view(-1, *images.shape[2:])  # (lines, W, 3)
-    for k, image in zip(flipped, lines.flip(1).view(-1, *images.shape[1:]).numpy(), strict=True):
-        pixels[k] = image
-    threads = torch.get_num_threads()
+    lines = images.index_select(0, torch.from_numpy(flipped)).view(-1, width, 3)
+    for k, image in zip(flipped, lines.flip(1).view(-1, height, width, 3).numpy(), strict=True):
+        sources[k] = image
+    crops = np.empty(images.shape, dtype=np.uint8)
+    crops.fill(draws.pad_value)
+    for k, image in enumerate(sources):
+        _crop(image, draws, k, crops[k])
 
-    def share(thread: int) -> None:
-        for k in range(thread, len(pixels), threads):
-            _augment_image(pixels[k], draws, k, out[k])
+    constants = torch.from_numpy(_constants(draws.channel)[1].astype(np.float32)).repeat(1, 1, width)
+    scale, bias, fill = constants.unbind(1)  # each (n, W * 3)
+    out = torch.from_numpy(crops).view(n, height, width * 3).float()
+    out = torch.addcmul(bias[:, None], out, scale[:, None], out=out)
+    values, fill = out.numpy(), fill.numpy()
+    for k in np.flatnonzero(draws.erase[:, 1]):
+        top, bottom, left, right = draws.erase[k]
+        columns = slice(3 * left, 3 * right)
+        values[k, top:bottom, columns] = fill[k, columns]
+    return _mix_grey(out.view(n, height, width, 3), draws).permute(0, 3, 1, 2)
 
-    with ThreadPoolExecutor(threads) as pool:  # NumPy copies and calculates without the interpreter's lock
-        list(pool.map(share, range(threads)))
-    return torch.from_numpy(out).permute(0, 3, 1, 2)
 
-
-def _augment_image(image: np.ndarray, draws: Draws, k: int, out: np.ndarray) -> None:
-    """Augment image (H, W, 3) uint8, flipped already, with the k-th of the draws into out (H, W, 3) float32.
-
-    Bytes are moved before they become floats, and floats are passed over in rows of a few thousand, which
-    NumPy takes several times as fast as short ones.
-    """
+def _crop(image: np.ndarray, draws: Draws, k: int, crop: np.ndarray) -> None:
+    """Write image (H, W, 3), flipped already, into crop (H, W, 3), as the k-th of the draws has it; uint8."""
     height, width, _ = image.shape
     left = 2 * draws.pad - draws.left[k] if draws.flip[k] else draws.left[k]  # flipping comes after the crop
     rows, image_rows = _overlap(draws.top[k] - draws.pad, height)
     columns, image_columns = _overlap(left - draws.pad, width)
-    top, bottom, left, right = draws.erase[k]
     channel = draws.channel[k]
-    if channel >= 0:  # one plane through everything, then three copies of it
-        image, values = image[..., channel], np.empty((height, width), dtype=np.float32)
+    if channel < 0:
+        crop[rows, columns] = image[image_rows, image_columns]
     else:
-        values = out
-    crop = np.empty(image.shape, dtype=np.uint8)
-    crop.fill(draws.pad_value)
-    crop[rows, columns] = image[image_rows, image_columns]
-
-    several = next(number for number in range(16, 0, -1) if height % number == 0)  # lines in a long row
-    rows = values.reshape(height // several, -1)
-    scale, shift, fill = _constant_rows(channel, rows.shape[1])
-    rows[...] = crop.reshape(rows.shape)
-    rows *= scale
-    rows -= shift
-    depth = values[0, 0].size
-    values.reshape(height, -1)[top:bottom, left * depth : right * depth] = fill[: (right - left) * depth]
-
-    if draws.grey[k]:
-        values = GREY[0] * out[..., 0] + GREY[1] * out[..., 1] + GREY[2] * out[..., 2]
-    if values is not out:
-        for part in range(3):
-            out[..., part] = values
+        plane = np.ascontiguousarray(image[image_rows, image_columns, channel])
+        for part in range(3):  # NumPy is slow along an axis of 3
+            crop[rows, columns, part] = plane
 
 
-@functools.lru_cache(64)
-def _constant_rows(channel: int, length: int) -> tuple[np.ndarray, ...]:
-    """Rows (length,) of scale, shift and erase fill, of one channel or, for -1, of the three in turns."""
-    constants = 1 / (255 * STD), MEAN / STD, ERASE_FILL
-    rows = (part if channel < 0 else part[channel : channel + 1] for part in constants)
-    return tuple(np.tile(row, length // len(row)) for row in rows)
+def _mix_grey(out: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Mix the channels of those images of out (n, H, W, 3) that are drawn to be grey, in place."""
+    if draws.grey.any():
+        mixed = _upload(np.flatnonzero(draws.grey), out.device)
+        red, green, blue = out.index_select(0, mixed).unbind(3)
+        grey = GREY[0] * red + GREY[1] * green + GREY[2] * blue
+        for channel in out.unbind(3):
+            channel.index_copy_(0, mixed, grey)
+    return out
 
 
 def _overlap(shift: int, size: int) -> tuple[slice, slice]:
@@ -208,14 +195,7 @@ def augment_batch(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     which = (2 * image + ((y >= erase_top) & (y < erase_bottom))).view(-1)  # (n * H,)
     out = biases.view(2 * n, -1).index_select(0, which)
     out.addcmul_(pixels.view(n * height, -1), scales.view(2 * n, -1).index_select(0, which))
-    out = out.view(n, height, width, 3)
-
-    if draws.grey.any():
-        mixed = _upload(np.flatnonzero(draws.grey), device)
-        red, green, blue = out.index_select(0, mixed).unbind(3)
-        grey = GREY[0] * red + GREY[1] * green + GREY[2] * blue
-        out.index_copy_(0, mixed, grey[..., None].expand(-1, -1, -1, 3))
-    return out.permute(0, 3, 1, 2)
+    return _mix_grey(out.view(n, height, width, 3), draws).permute(0, 3, 1, 2)
 
 
 def normalize(images: torch.Tensor, channel: np.ndarray | None = None) -> torch.Tensor:
