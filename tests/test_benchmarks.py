@@ -74,8 +74,8 @@ def test_the_command_prints_one_table():
     assert [row.split()[1] for row in rows] == ["memories"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_machine_without_a_gpu_is_told_so():
+def test_a_machine_without_a_gpu_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="--device cuda: torch sees no GPU here"):
         main(get_args_parser().parse_args(["--device", "cuda"]))
 
