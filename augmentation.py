@@ -102,70 +102,7 @@ def _constants(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Augment images (n, H, W, 3) uint8 into (n, 3, H, W) float32, channels_last, on the same device.
 
-    A GPU takes the batch in a few kernels. A CPU crops, flips and exchanges channels image by image, whose
-    bytes stay in its caches, and makes floats of the whole batch: several times as fast there as the kernels.
-    """
-    if images.device.type != "cpu":
-        return augment_batch(images, draws)
-    n, height, width, _ = images.shape
-    sources = list(images.numpy())
-    flipped = np.flatnonzero(draws.flip)
-    lines = images.index_select(0, torch.from_numpy(flipped)).view(-1, width, 3)
-    for k, image in zip(flipped, lines.flip(1).view(-1, height, width, 3).numpy(), strict=True):
-        sources[k] = image
-    crops = np.empty(images.shape, dtype=np.uint8)
-    crops.fill(draws.pad_value)
-    for k, image in enumerate(sources):
-        _crop(image, draws, k, crops[k])
-
-    constants = torch.from_numpy(_constants(draws.channel)[1].astype(np.float32)).repeat(1, 1, width)
-    scale, bias, fill = constants.unbind(1)  # each (n, W * 3)
-    out = torch.from_numpy(crops).view(n, height, width * 3).float()
-    out = torch.addcmul(bias[:, None], out, scale[:, None], out=out)
-    values, fill = out.numpy(), fill.numpy()
-    for k in np.flatnonzero(draws.erase[:, 1]):
-        top, bottom, left, right = draws.erase[k]
-        columns = slice(3 * left, 3 * right)
-        values[k, top:bottom, columns] = fill[k, columns]
-    return _mix_grey(out.view(n, height, width, 3), draws).permute(0, 3, 1, 2)
-
-
-def _crop(image: np.ndarray, draws: Draws, k: int, crop: np.ndarray) -> None:
-    """Write image (H, W, 3), flipped already, into crop (H, W, 3), as the k-th of the draws has it; uint8."""
-    height, width, _ = image.shape
-    left = 2 * draws.pad - draws.left[k] if draws.flip[k] else draws.left[k]  # flipping comes after the crop
-    rows, image_rows = _overlap(draws.top[k] - draws.pad, height)
-    columns, image_columns = _overlap(left - draws.pad, width)
-    channel = draws.channel[k]
-    if channel < 0:
-        crop[rows, columns] = image[image_rows, image_columns]
-    else:
-        plane = np.ascontiguousarray(image[image_rows, image_columns, channel])
-        for part in range(3):  # NumPy is slow along an axis of 3
-            crop[rows, columns, part] = plane
-
-
-def _mix_grey(out: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Mix the channels of those images of out (n, H, W, 3) that are drawn to be grey, in place."""
-    if draws.grey.any():
-        mixed = _upload(np.flatnonzero(draws.grey), out.device)
-        red, green, blue = out.index_select(0, mixed).unbind(3)
-        grey = GREY[0] * red + GREY[1] * green + GREY[2] * blue
-        for channel in out.unbind(3):
-            channel.index_copy_(0, mixed, grey)
-    return out
-
-
-def _overlap(shift: int, size: int) -> tuple[slice, slice]:
-    """Where a crop that starts at shift, of the image's size, meets the image: in the crop, in the image."""
-    meets = max(size - abs(shift), 0)
-    crop, image = max(-shift, 0), max(shift, 0)
-    return slice(crop, crop + meets), slice(image, image + meets)
-
-
-def augment_batch(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """What augment does, in a few kernels for the whole batch, on any device.
-
+    A few kernels for the whole batch, as a GPU wants it; on a CPU finish(crop(…)) gives the same sooner.
     Works on rows of bytes, (H, W * 3): one gather pads, crops, flips and exchanges channels; then one
     multiplication and addition normalises and erases: an erased pixel has the scale 0 and the fill as bias.
     """
@@ -196,6 +133,64 @@ def augment_batch(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     out = biases.view(2 * n, -1).index_select(0, which)
     out.addcmul_(pixels.view(n * height, -1), scales.view(2 * n, -1).index_select(0, which))
     return _mix_grey(out.view(n, height, width, 3), draws).permute(0, 3, 1, 2)
+
+
+def crop(images: np.ndarray, rows: np.ndarray, draws: Draws) -> np.ndarray:
+    """Pad, crop and flip the images at rows (n,), and exchange their channels: the bytes' part of augment.
+
+    images: (N, H, W, 3) uint8; of a memory map nothing but those rows is read. Returns (n, H, W, 3) uint8.
+    """
+    height, width = images.shape[1:3]
+    crops = np.full((len(rows), height, width, 3), draws.pad_value, dtype=np.uint8)
+    for k, row in enumerate(rows):
+        crop_rows, image_rows = _overlap(draws.top[k] - draws.pad, height)
+        crop_columns, image_columns = _overlap(draws.left[k] - draws.pad, width)
+        out = crops[k, :, ::-1] if draws.flip[k] else crops[k]
+        out, image = out[crop_rows, crop_columns], images[row][image_rows, image_columns]
+        channel = draws.channel[k]
+        if channel < 0 and not draws.flip[k]:
+            out[...] = image
+            continue
+        image = np.ascontiguousarray(image if channel < 0 else image[..., channel, None])
+        for part in range(3):  # one by one, since NumPy is slow along an axis of 3
+            out[..., part] = image[..., part if channel < 0 else 0]
+    return crops
+
+
+def finish(crops: np.ndarray, draws: Draws) -> torch.Tensor:
+    """Normalise what crop returned, erase, and mix channels: the floats' part of augment."""
+    n, height, width, _ = crops.shape
+    constants = torch.from_numpy(_constants(draws.channel)[1].astype(np.float32)).repeat(1, 1, width)
+    scale, bias, fill = constants.unbind(1)  # each (n, W * 3)
+    out = torch.empty(n, height, width * 3)
+    pixels = torch.empty(height, width * 3)  # of one image, in a core's cache
+    parts = (torch.from_numpy(crops).view(out.shape), bias, scale, out)
+    for image, image_bias, image_scale, result in zip(*parts, strict=True):
+        torch.addcmul(image_bias, pixels.copy_(image), image_scale, out=result)
+    values, fill = out.numpy(), fill.numpy()
+    for k in np.flatnonzero(draws.erase[:, 1]):
+        top, bottom, left, right = draws.erase[k]
+        columns = slice(3 * left, 3 * right)
+        values[k, top:bottom, columns] = fill[k, columns]
+    return _mix_grey(out.view(n, height, width, 3), draws).permute(0, 3, 1, 2)
+
+
+def _overlap(shift: int, size: int) -> tuple[slice, slice]:
+    """Where a crop that starts at shift, of the image's size, meets the image: in the crop, in the image."""
+    meets = max(size - abs(shift), 0)
+    crop, image = max(-shift, 0), max(shift, 0)
+    return slice(crop, crop + meets), slice(image, image + meets)
+
+
+def _mix_grey(out: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Mix the channels of those images of out (n, H, W, 3) that are drawn to be grey, in place."""
+    if draws.grey.any():
+        mixed = _upload(np.flatnonzero(draws.grey), out.device)
+        red, green, blue = out.index_select(0, mixed).unbind(3)
+        grey = GREY[0] * red + GREY[1] * green + GREY[2] * blue
+        for channel in out.unbind(3):
+            channel.index_copy_(0, mixed, grey)
+    return out
 
 
 def normalize(images: torch.Tensor, channel: np.ndarray | None = None) -> torch.Tensor:

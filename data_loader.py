@@ -13,13 +13,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from augmentation import PAD, augment, draw_augmentation, normalize, pinned
+from augmentation import PAD, Draws, augment, crop, draw_augmentation, finish, normalize, pinned
 from images import decode
-from utils import UserError
+from utils import MODALITIES, UserError
 
 READ_AHEAD = 2  # batches
 
 _PURPOSES = ("identities", "images", "augmentation", "memory")
+_STORED = {"visible": "visible", "infrared": "infrared", "aux": "visible"}  # whose pixels a modality has
 
 Item = TypeVar("Item")
 
@@ -142,6 +143,7 @@ class TrainLoader:
                 f"--cache device: the images need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             )
         self.cache = cache
+        self._on_host = device.type == "cpu" and cache != "device"  # augmented from where the bytes lie
         if cache == "device":
             self.images = {modality: self._to_device(part) for modality, part in images.items()}
         elif cache == "host":
@@ -163,19 +165,13 @@ class TrainLoader:
                     modality: draw_augmentation(
                         rng, len(labels), self.height, self.width, modality, self.recipe, self.pad
                     )
-                    for modality in ("visible", "infrared", "aux")
+                    for modality in MODALITIES
                 }
-                pixels = {
-                    "visible": self._read("visible", visible),
-                    "infrared": self._read("infrared", infrared),
-                }
+                pixels = self._prepare(visible, infrared, draws)
                 yield pinned(labels, self.device), pixels, draws
 
         for labels, pixels, draws in self._timed(read_ahead(steps(), self.device)):
-            pixels = {modality: self._place(modality, part) for modality, part in pixels.items()}
-            pixels["aux"] = pixels["visible"]
-            images = {modality: augment(part, draws[modality]) for modality, part in pixels.items()}
-            yield images, labels.to(self.device, non_blocking=True)
+            yield self._augment(pixels, draws), labels.to(self.device, non_blocking=True)
 
     def memory_batches(
         self, modality: str, batch_size: int, epoch: int, rank: int = 0, world_size: int = 1
@@ -185,7 +181,7 @@ class TrainLoader:
         modality: "visible", "infrared" or "aux", whose channels are drawn for the epoch. Of several processes
         each takes every world_size-th image.
         """
-        stored = "visible" if modality == "aux" else modality
+        stored = _STORED[modality]
         labels = self.labels[stored]
         rows = np.flatnonzero(labels >= 0)[rank::world_size]
         channel = None
@@ -208,6 +204,21 @@ class TrainLoader:
         for start in range(0, len(images), chunk):
             stored[start : start + chunk] = torch.from_numpy(np.array(images[start : start + chunk]))
         return stored
+
+    def _prepare(self, visible: np.ndarray, infrared: np.ndarray, draws: dict[str, Draws]) -> dict:
+        """Ahead of time, on the host: what _augment needs of a step's rows (n,), by modality."""
+        rows = {"visible": visible, "infrared": infrared}
+        if self._on_host:
+            stored = ((k, _STORED[k]) for k in MODALITIES)
+            return {k: crop(self.images[name], rows[name], draws[k]) for k, name in stored}
+        return {name: self._read(name, part) for name, part in rows.items()}
+
+    def _augment(self, pixels: dict, draws: dict[str, Draws]) -> dict[str, torch.Tensor]:
+        """The images {modality: (n, 3, H, W)} of a step, augmented, from what _prepare returned."""
+        if self._on_host:
+            return {modality: finish(pixels[modality], draws[modality]) for modality in MODALITIES}
+        placed = {modality: self._place(modality, part) for modality, part in pixels.items()}
+        return {k: augment(placed[_STORED[k]], draws[k]) for k in MODALITIES}
 
     def _read(self, modality: str, rows: np.ndarray) -> torch.Tensor:
         """Ahead of time, on the host: the pixels of rows, or just rows where the device has the pixels."""

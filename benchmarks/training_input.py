@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torchvision.transforms import functional as transforms
 
-from augmentation import Draws, augment, draw_augmentation
+from augmentation import Draws, augment, crop, draw_augmentation, finish
 from benchmarks.timing import compare
 from data_loader import IdentityBatches, TrainLoader
 
@@ -83,13 +83,15 @@ def baseline_step(
 
 
 def check(images: np.ndarray, device: str) -> None:
-    """Both augmentations agree, given the same draws."""
+    """The baseline's augmentation and both of ours agree, given the same draws."""
     rng = np.random.default_rng(0)
     for modality in MODALITIES:
         draws = draw_augmentation(rng, len(images), *images.shape[1:3], modality, "sysu")
-        ours = augment(torch.from_numpy(images).to(device), draws).cpu()
         theirs = torch.stack([augment_one(image, draw_of(draws, k)) for k, image in enumerate(images)])
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        on_device = augment(torch.from_numpy(images).to(device), draws).cpu()
+        on_host = finish(crop(images, np.arange(len(images)), draws), draws)
+        for ours in (on_device, on_host):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def draw_of(draws: Draws, k: int) -> dict:
