@@ -1,4 +1,4 @@
-"""CMC, mAP and mINP under the three protocols, k-reciprocal re-ranking, and the loop over trials.
+"""CMC, mAP and mINP under the three protocols, and the loop over trials.
 
 A query has few matches, so nothing is ranked that need not be: the place of a match in the ranking is the
 number of gallery images nearer than it, and the number of identities before the first match is the number of
@@ -7,22 +7,18 @@ these are cut from a distance matrix or computed from features, so that no (Q, G
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse
 import torch
+
+from reranking import Array, as_features, as_tensor, k_reciprocal
 
 PROTOCOLS = ("sysu", "regdb", "llcm")
 BLOCK = 2**25  # distances in one matrix product: 128 MB, enough rows to keep the product efficient
 MATCHES = 2**22  # matches looked up at a time: 150 MB of temporaries at most
-CACHED = 2**18  # distances counted at a time on the CPU: 1 MB, what a core's cache holds
-PAIRS = 2**19  # pairs of sparse entries compared at a time when re-ranking: 12 MB of temporaries
-SYMMETRIC = 256  # images in a block of the (N, N) distances of re-ranking
+CACHED = 2**20  # distances counted at a time on the CPU: 4 MB, what its outer cache holds with room to spare
 FEW_MATCHES = 64  # up to here, one comparison pass for each match costs less than sorting
-
-Array = np.ndarray | torch.Tensor
 
 
 class Metrics(NamedTuple):
@@ -99,7 +95,7 @@ def evaluate(
 
     Returns and raises what eval_sysu does; ValueError also for an unknown protocol.
     """
-    query_features, gallery_features = _features(query_features), _features(gallery_features)
+    query_features, gallery_features = as_features(query_features), as_features(gallery_features)
     size, device = (len(query_features), len(gallery_features)), gallery_features.device
     ids = _ids(protocol, size, device, q_pids, g_pids, q_camids, g_camids)
     return _evaluate(_feature_distances(query_features, gallery_features), ids, protocol, max_rank)
@@ -146,7 +142,7 @@ def top_k(
     What the protocol ignores is left out; -1 where fewer than k images are left. Arguments as in evaluate;
     the result lies on the features' device.
     """
-    query_features, gallery_features = _features(query_features), _features(gallery_features)
+    query_features, gallery_features = as_features(query_features), as_features(gallery_features)
     size, device = (len(query_features), len(gallery_features)), gallery_features.device
     ids = _ids(protocol, size, device, q_pids, g_pids, q_camids, g_camids)
     distances = _feature_distances(query_features, gallery_features)
@@ -162,62 +158,6 @@ def top_k(
     return result
 
 
-@torch.no_grad()
-def k_reciprocal(
-    query_features: Array,
-    gallery_features: Array,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
-) -> Array:
-    """Re-rank by k-reciprocal encoding: (1 - lambda) x Jaccard distance + lambda x original distance.
-
-    An image's k-reciprocal neighbours, expanded by those of its neighbours that mostly agree, become a sparse
-    vector of weights exp(-distance); the vectors of its k2 nearest images are averaged; the Jaccard distance
-    compares vectors. The original distance is squared Euclidean, each row divided by its largest entry.
-    Neighbours are ranked in half precision, as the released code does, whose results depend on it.
-
-    Args:
-        query_features, gallery_features: (Q, D) and (G, D); products run on their device, in float32.
-        k1, k2: neighbourhood sizes, cut to the number of images where that is smaller.
-        lambda_value: weight of the original distance, in [0, 1].
-
-    Returns:
-        distmat (Q, G) float32, smaller is nearer: NumPy for NumPy features, else a tensor on their device.
-
-    Source: Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017.
-    """
-    num_query, num = len(query_features), len(query_features) + len(gallery_features)
-    distances = _squared_distances(  # of features rounded as the released code does
-        torch.cat([_features(query_features).half(), _features(gallery_features).half()]).float()
-    )
-    close_k = round(k1 / 2) + 1
-    nearest = _nearest_in_half_precision(distances, [min(k, num) for k in (k2, close_k, k1 + 1)])
-    distances.div_(distances.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
-
-    # Sets of images are the rows of sparse 0/1 matrices (N, N): a product counts common members.
-    neighbours = _reciprocal(nearest[:, : k1 + 1])
-    close = _reciprocal(nearest[:, :close_k])
-    common = neighbours @ close.T  # [i, j]: how many of j's close images are neighbours of i
-    agreeing = neighbours.multiply(common).tocsr()
-    agreeing.data = (agreeing.data > 2 / 3 * np.diff(close.indptr)[agreeing.indices]).astype(np.float32)
-    agreeing.eliminate_zeros()
-    expanded = (neighbours + agreeing @ close).tocoo()
-
-    weights = distances[expanded.row, expanded.col].neg_().exp_().cpu().numpy()
-    vectors = scipy.sparse.csr_matrix((weights, (expanded.row, expanded.col)), shape=(num, num))
-    total = vectors.sum(1).A1  # 0 where equal images crowd each other out
-    vectors = scipy.sparse.diags(1 / np.where(total > 0, total, 1)) @ vectors
-    vectors = _indicator(nearest[:, :k2]) @ vectors / min(k2, num)
-
-    distmat = distances[:num_query, num_query:] * lambda_value
-    del distances  # (N, N)
-    overlap = torch.from_numpy(_minimum_sums(vectors[:num_query], vectors[num_query:].tocsc()))
-    jaccard = overlap.div_(2 - overlap).neg_().add_(1)
-    distmat.add_(jaccard.to(distmat.device), alpha=1 - lambda_value)
-    return distmat if isinstance(query_features, torch.Tensor) else distmat.numpy()
-
-
 # ---- the core: counting
 
 
@@ -231,7 +171,7 @@ class _Ids(NamedTuple):
 
 
 def _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, protocol, max_rank) -> Metrics:
-    distmat = _tensor(distmat)
+    distmat = as_tensor(distmat)
     if distmat.ndim != 2:
         raise ValueError(f"distmat must be (Q, G), not {tuple(distmat.shape)}")
     if distmat.numel() and torch.isnan(distmat.amin()):
@@ -240,8 +180,14 @@ def _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, protocol, max
     dtype = torch.float64 if wide else torch.float32
     ids = _ids(protocol, distmat.shape, distmat.device, q_pids, g_pids, q_camids, g_camids)
 
+    width = distmat.shape[1]
+    scratch = _Scratch()
+
     def distances(rows: torch.Tensor, lines: int) -> Iterator[torch.Tensor]:
-        return (distmat.index_select(0, part).to(dtype) for part in rows.split(lines))
+        if len(rows) == len(distmat):
+            return (part.to(dtype) for part in distmat.split(lines))
+        parts = ((part, scratch.empty("rows", distmat, (len(part), width))) for part in rows.split(lines))
+        return (torch.index_select(distmat, 0, part, out=out).to(dtype) for part, out in parts)
 
     return _evaluate(distances, ids, protocol, max_rank)
 
@@ -258,6 +204,7 @@ def _evaluate(
         raise ValueError(f"max_rank must be at least 1, not {max_rank}")
     by_identity = protocol != "regdb"
     lines = _lines(ids)
+    scratch = _Scratch()
     rankings = []
     for queries, allowed in _comparisons(protocol, ids):
         gallery = _Gallery(ids.g_pids, allowed, in_turns=by_identity)
@@ -273,7 +220,7 @@ def _evaluate(
                 continue
             parts = zip(*(x.split(lines) for x in (places, real, counted)), strict=True)
             blocks = zip(distances(rows, lines), parts, strict=True)
-            counts = [_count_block(gallery, block, *part) for block, part in blocks]
+            counts = [_count_block(gallery, block, *part, scratch) for block, part in blocks]
             nearer, preceding = (torch.cat(values) for values in zip(*counts, strict=True))
             rankings.append((preceding, *_precision(nearer, real, counted)))
     if not rankings:
@@ -283,32 +230,60 @@ def _evaluate(
     return Metrics(found.cpu().numpy() / len(preceding), float(precision.mean()), float(inverse.mean()))
 
 
+class _Scratch:
+    """Memory that one block after the other is counted in: new memory costs more than counting does."""
+
+    def __init__(self):
+        self.memory = {}
+
+    def empty(self, name: str, like: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Return a tensor of like's dtype, not initialised; what this name held before is lost."""
+        size = shape[0] * shape[1]
+        memory = self.memory.get(name)
+        if memory is None or len(memory) < size:
+            memory = self.memory[name] = like.new_empty(size)
+        return memory[:size].view(shape)
+
+
 def _count_block(
     gallery: "_Gallery",
     block: torch.Tensor,
     places: torch.Tensor,
     real: torch.Tensor,
     counted: torch.Tensor,
+    scratch: _Scratch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Count what is nearer than the matches of q queries.
 
-    block (q, G) distances, overwritten; places (q, M) of the images of a query's own pid among the columns;
+    block (q, G) distances; places (q, M) of the images of a query's own pid among the columns;
     real (q, M) tells which of these are no padding, counted (q, M) which are not ignored either.
     Returns the number of images nearer than each (q, M), and of what CMC counts before the first match (q,).
     """
-    block = gallery.arrange(block)
-    matches = block.gather(1, places).masked_fill_(~real, torch.inf)
-    nearer, tied = _count_nearer(block, matches, real)
+    block = gallery.arrange(block, scratch)
+    nearer, preceding, tied = _count_columns(gallery, block, places, real, counted, scratch)
     if tied.any():  # as ranks, in which gallery order has decided, no two distances are equal
-        block[tied] = _ranks(block[tied], gallery.columns.argsort())
-        matches[tied] = block[tied].gather(1, places[tied]).masked_fill_(~real[tied], torch.inf)
-        nearer[tied] = _count_nearer(block[tied], matches[tied], real[tied])[0]
+        ranks = _ranks(block[tied], gallery.columns.argsort())
+        part = places[tied], real[tied], counted[tied]
+        nearer[tied], preceding[tied], _ = _count_columns(gallery, ranks, *part, scratch)
+    return nearer, preceding
+
+
+def _count_columns(
+    gallery: "_Gallery",
+    block: torch.Tensor,
+    places: torch.Tensor,
+    real: torch.Tensor,
+    counted: torch.Tensor,
+    scratch: _Scratch,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Count as _count_block does, taking no two distances for equal; tell which queries (q,) have a tie."""
+    matches = block.gather(1, places).masked_fill_(~real, torch.inf)
+    nearer, tied = _count_nearer(block, matches, real, scratch)
     nearest_match = matches.masked_fill(~counted, torch.inf).amin(1, keepdim=True)
-    if gallery.in_turns:
-        block = gallery.nearest(block)
-    preceding = _count(torch.lt, block, nearest_match, torch.empty_like(block)).long()
+    nearest = gallery.nearest(block, scratch) if gallery.in_turns else block
+    preceding = _count(torch.lt, nearest, nearest_match, scratch).long()
     own = matches < nearest_match  # only ignored images of the query's own pid
-    return nearer, preceding - own.any(1).long()
+    return nearer, preceding - own.any(1).long(), tied
 
 
 def _precision(
@@ -325,7 +300,7 @@ def _precision(
 
 
 def _count_nearer(
-    block: torch.Tensor, matches: torch.Tensor, real: torch.Tensor
+    block: torch.Tensor, matches: torch.Tensor, real: torch.Tensor, scratch: _Scratch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Count the columns of block (q, G) below each of matches (q, M); tell which queries have a tie there."""
     if matches.shape[1] > FEW_MATCHES:
@@ -333,7 +308,6 @@ def _count_nearer(
         nearer = torch.searchsorted(ordered, matches)
         equal = torch.searchsorted(ordered, matches, right=True) - nearer
     else:
-        scratch = torch.empty_like(block)
         columns = matches.split(1, dim=1)
         nearer = torch.stack([_count(torch.lt, block, column, scratch) for column in columns], 1)
         equal = torch.stack([_count(torch.eq, block, column, scratch) for column in columns], 1)
@@ -341,14 +315,14 @@ def _count_nearer(
 
 
 def _count(
-    compare: Callable[..., torch.Tensor], block: torch.Tensor, column: torch.Tensor, scratch: torch.Tensor
+    compare: Callable[..., torch.Tensor], block: torch.Tensor, column: torch.Tensor, scratch: _Scratch
 ) -> torch.Tensor:
     """Return (q,): how many columns of block (q, G) compare with column (q, 1).
 
     Ones and zeros of the block's own dtype are compared and summed much faster on a CPU than booleans are;
     their sum is exact up to 2**24 gallery images.
     """
-    return compare(block, column, out=scratch).sum(1)
+    return compare(block, column, out=scratch.empty("compared", block, block.shape)).sum(1)
 
 
 def _ranks(block: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -400,17 +374,21 @@ class _Gallery:
         places = (self.starts[turns] + self.index[identity, None]).masked_fill_(~real, 0)
         return places if self.in_turns else self.places[places], real
 
-    def arrange(self, block: torch.Tensor) -> torch.Tensor:
+    def arrange(self, block: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
         """Return the columns of block (q, all gallery images)."""
-        return block.index_select(1, self.columns) if self.in_turns else block
+        if not self.in_turns:
+            return block
+        arranged = scratch.empty("arranged", block, (len(block), len(self.columns)))
+        return torch.index_select(block, 1, self.columns, out=arranged)
 
-    def nearest(self, block: torch.Tensor) -> torch.Tensor:
-        """Return (q, identities): the distance of the nearest image of each. Overwrites the first turn."""
-        turns = block.split(self.widths, dim=1)
-        for turn in turns[1:]:
-            first = turns[0][:, : turn.shape[1]]
-            torch.minimum(first, turn, out=first)
-        return turns[0]
+    def nearest(self, block: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
+        """Return (q, identities): the distance of the nearest image of each."""
+        first, *others = block.split(self.widths, dim=1)
+        result = scratch.empty("nearest", first, first.shape).copy_(first)
+        for turn in others:
+            part = result[:, : turn.shape[1]]
+            torch.minimum(part, turn, out=part)
+        return result
 
 
 # ---- the protocols' rules
@@ -439,7 +417,7 @@ def _ids(protocol, size, device, q_pids, g_pids, q_camids, g_camids) -> _Ids:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
     if protocol == "regdb":
         q_camids, g_camids = q_pids, g_pids
-    ids = _Ids(*(_tensor(values).to(device).long() for values in (q_pids, g_pids, q_camids, g_camids)))
+    ids = _Ids(*(as_tensor(values).to(device).long() for values in (q_pids, g_pids, q_camids, g_camids)))
     for name, values in ids._asdict().items():
         expected = size[0] if name.startswith("q") else size[1]
         if values.shape != (expected,):
@@ -448,21 +426,6 @@ def _ids(protocol, size, device, q_pids, g_pids, q_camids, g_camids) -> _Ids:
 
 
 # ---- arrays and distances
-
-
-def _tensor(values: Array) -> torch.Tensor:
-    if isinstance(values, torch.Tensor):
-        return values.detach()
-    return torch.from_numpy(np.require(values, requirements="CW"))  # torch warns of read-only arrays
-
-
-def _features(values: Array) -> torch.Tensor:
-    features = _tensor(values).float()
-    if features.ndim != 2:
-        raise ValueError(f"features must be (N, D), not {tuple(features.shape)}")
-    if features.numel() and not torch.isfinite(torch.stack(features.aminmax())).all():
-        raise ValueError("features hold NaN or infinity")
-    return features
 
 
 def _lines(ids: _Ids) -> int:
@@ -487,83 +450,3 @@ def _feature_distances(
             yield from products.split(lines)
 
     return distances
-
-
-def _squared_distances(features: torch.Tensor) -> torch.Tensor:
-    """Return (N, N) squared Euclidean distances of (N, D); the diagonal is 0."""
-    norms = features.square().sum(1)
-    distances = features.new_empty(len(features), len(features))
-    for block in torch.arange(len(features)).split(SYMMETRIC):  # each pair of blocks once
-        here, rest = slice(int(block[0]), int(block[-1]) + 1), slice(int(block[0]), None)
-        with torch.autocast(features.device.type, enabled=False):
-            products = torch.addmm(norms[here], features[rest], features[here].T, alpha=-2)
-        products.add_(norms[rest, None]).clamp_(min=0)
-        distances[rest, here] = products
-        distances[here, rest] = products.T
-    return distances.fill_diagonal_(0)
-
-
-def _nearest_in_half_precision(squared: torch.Tensor, sizes: list[int]) -> np.ndarray:
-    """Return (N, max(sizes)) int64: the images nearest to each one, as the released code orders them.
-
-    It ranks distances in half precision, where many tie, by NumPy's unstable sort; its results depend on
-    which of them fall within the sizes, so that is kept. Only sets of neighbours matter: where no tie crosses
-    the border of one of the sizes any way of selecting gives the same, and sorting is kept for the other
-    rows.
-    """
-    most = min(max(sizes) + 1, len(squared))
-    borders = torch.tensor([s for s in sizes if s < most], dtype=torch.int64, device=squared.device)
-    threads = torch.get_num_threads()
-    found = []
-    with ThreadPoolExecutor(threads) as pool:
-        for rows in squared.split(SYMMETRIC):
-            rounded = rows.sqrt().half().square_()
-            rounded.div_(rounded.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float16).tiny))
-            values, nearest = rounded.float().topk(most, dim=1, largest=False)
-            tied = (values[:, borders - 1] == values[:, borders]).any(1).nonzero()[:, 0]
-            # NumPy sorts unsigned integers exactly as it sorts the halves whose bits they are, but faster.
-            bits = np.array_split(rounded[tied].cpu().numpy().view(np.uint16), max(threads, SYMMETRIC // 16))
-            nearest = nearest[:, : max(sizes)].cpu().numpy()
-            ordered = pool.map(lambda part: np.argsort(part, axis=1)[:, : max(sizes)], bits)
-            nearest[tied.cpu().numpy()] = np.concatenate(list(ordered))
-            found.append(nearest)
-    return np.concatenate(found)
-
-
-def _indicator(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
-    """Return (N, N) with a 1 for every j among nearest[i], for nearest (N, k) indices."""
-    num, k = nearest.shape
-    ones = np.ones(num * k, dtype=np.float32)
-    return scipy.sparse.csr_matrix((ones, nearest.ravel(), np.arange(num + 1) * k), shape=(num, num))
-
-
-def _reciprocal(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
-    """Return (N, N) with a 1 where i and j are among each other's nearest (N, k)."""
-    indicator = _indicator(nearest)
-    return indicator.multiply(indicator.T).tocsr()
-
-
-def _minimum_sums(queries: scipy.sparse.csr_matrix, gallery: scipy.sparse.csc_matrix) -> np.ndarray:
-    """Return (Q, G) float32: the sum over columns of min(queries[q], gallery[g]), for (Q, N) and (G, N).
-
-    Each entry of a query meets the few gallery entries of its column: PAIRS such meetings at a time.
-    """
-    num_gallery = gallery.shape[0]
-    sums = np.empty((queries.shape[0], num_gallery), dtype=np.float32)
-    lengths = np.diff(gallery.indptr)[queries.indices]  # of the column of each query entry
-    starts = gallery.indptr[queries.indices]
-    meetings = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    first = 0
-    while first < len(sums):
-        budget = meetings[queries.indptr[first]] + PAIRS
-        last = max(first + 1, np.searchsorted(meetings[queries.indptr], budget, side="right") - 1)
-        entries = slice(queries.indptr[first], queries.indptr[last])
-        count = lengths[entries]
-        ours = np.repeat(np.arange(entries.start, entries.stop), count)
-        theirs = np.arange(count.sum()) + np.repeat(starts[entries] - (count.cumsum() - count), count)
-        line = np.repeat(np.arange(last - first), np.diff(queries.indptr[first : last + 1]))
-        cell = (line * num_gallery)[ours - entries.start] + gallery.indices[theirs]
-        smaller = np.minimum(queries.data[ours], gallery.data[theirs])
-        sums[first:last] = np.bincount(cell, smaller, (last - first) * num_gallery).reshape(-1, num_gallery)
-        first = last
-    return sums

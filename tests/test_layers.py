@@ -14,6 +14,7 @@ BOTTOM = {
     "checkpoints": {"utils"},
     "images": {"utils"},
     "augmentation": set(),
+    "reranking": set(),
     "people": set(),
 }  # file -> what of ours it may import
 LIBRARY = {

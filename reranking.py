@@ -1,0 +1,165 @@
+"""k-reciprocal re-ranking (Zhong et al., CVPR 2017) with sparse matrices, and how features are taken in."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import scipy.sparse
+import torch
+
+PAIRS = 2**19  # pairs of sparse entries compared at a time: 12 MB of temporaries
+SYMMETRIC = 256  # images in a block of the (N, N) distances
+
+Array = np.ndarray | torch.Tensor
+
+
+@torch.no_grad()
+def k_reciprocal(
+    query_features: Array,
+    gallery_features: Array,
+    k1: int = 20,
+    k2: int = 6,
+    lambda_value: float = 0.3,
+) -> Array:
+    """Re-rank by k-reciprocal encoding: (1 - lambda) x Jaccard distance + lambda x original distance.
+
+    An image's k-reciprocal neighbours, expanded by those of its neighbours that mostly agree, become a sparse
+    vector of weights exp(-distance); the vectors of its k2 nearest images are averaged; the Jaccard distance
+    compares vectors. The original distance is squared Euclidean, each row divided by its largest entry.
+    Neighbours are ranked in half precision, as the released code does, whose results depend on it.
+
+    Args:
+        query_features, gallery_features: (Q, D) and (G, D); products run on their device, in float32.
+        k1, k2: neighbourhood sizes, cut to the number of images where that is smaller.
+        lambda_value: weight of the original distance, in [0, 1].
+
+    Returns:
+        distmat (Q, G) float32, smaller is nearer: NumPy for NumPy features, else a tensor on their device.
+
+    Source: Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017.
+    """
+    num_query, num = len(query_features), len(query_features) + len(gallery_features)
+    distances = _squared_distances(  # of features rounded as the released code does
+        torch.cat([as_features(query_features).half(), as_features(gallery_features).half()]).float()
+    )
+    close_k = round(k1 / 2) + 1
+    nearest = _nearest_in_half_precision(distances, [min(k, num) for k in (k2, close_k, k1 + 1)])
+    distances.div_(distances.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
+
+    # Sets of images are the rows of sparse 0/1 matrices (N, N): a product counts common members.
+    neighbours = _reciprocal(nearest[:, : k1 + 1])
+    close = _reciprocal(nearest[:, :close_k])
+    common = neighbours @ close.T  # [i, j]: how many of j's close images are neighbours of i
+    agreeing = neighbours.multiply(common).tocsr()
+    agreeing.data = (agreeing.data > 2 / 3 * np.diff(close.indptr)[agreeing.indices]).astype(np.float32)
+    agreeing.eliminate_zeros()
+    expanded = (neighbours + agreeing @ close).tocoo()
+
+    weights = distances[expanded.row, expanded.col].neg_().exp_().cpu().numpy()
+    vectors = scipy.sparse.csr_matrix((weights, (expanded.row, expanded.col)), shape=(num, num))
+    total = vectors.sum(1).A1  # 0 where equal images crowd each other out
+    vectors = scipy.sparse.diags(1 / np.where(total > 0, total, 1)) @ vectors
+    vectors = _indicator(nearest[:, :k2]) @ vectors / min(k2, num)
+
+    distmat = distances[:num_query, num_query:] * lambda_value
+    del distances  # (N, N)
+    overlap = torch.from_numpy(_minimum_sums(vectors[:num_query], vectors[num_query:].tocsc()))
+    jaccard = overlap.div_(2 - overlap).neg_().add_(1)
+    distmat.add_(jaccard.to(distmat.device), alpha=1 - lambda_value)
+    return distmat if isinstance(query_features, torch.Tensor) else distmat.numpy()
+
+
+def as_tensor(values: Array) -> torch.Tensor:
+    """A tensor of an array or a tensor, sharing its memory where that can be written to."""
+    if isinstance(values, torch.Tensor):
+        return values.detach()
+    return torch.from_numpy(np.require(values, requirements="CW"))  # torch warns of read-only arrays
+
+
+def as_features(values: Array) -> torch.Tensor:
+    """A float32 tensor (N, D); ValueError for another shape, NaN or infinity."""
+    features = as_tensor(values).float()
+    if features.ndim != 2:
+        raise ValueError(f"features must be (N, D), not {tuple(features.shape)}")
+    if features.numel() and not torch.isfinite(torch.stack(features.aminmax())).all():
+        raise ValueError("features hold NaN or infinity")
+    return features
+
+
+def _squared_distances(features: torch.Tensor) -> torch.Tensor:
+    """Return (N, N) squared Euclidean distances of (N, D); the diagonal is 0."""
+    norms = features.square().sum(1)
+    distances = features.new_empty(len(features), len(features))
+    for block in torch.arange(len(features)).split(SYMMETRIC):  # each pair of blocks once
+        here, rest = slice(int(block[0]), int(block[-1]) + 1), slice(int(block[0]), None)
+        with torch.autocast(features.device.type, enabled=False):
+            products = torch.addmm(norms[here], features[rest], features[here].T, alpha=-2)
+        products.add_(norms[rest, None]).clamp_(min=0)
+        distances[rest, here] = products
+        distances[here, rest] = products.T
+    return distances.fill_diagonal_(0)
+
+
+def _nearest_in_half_precision(squared: torch.Tensor, sizes: list[int]) -> np.ndarray:
+    """Return (N, max(sizes)) int64: the images nearest to each one, as the released code orders them.
+
+    It ranks distances in half precision, where many tie, by NumPy's unstable sort; its results depend on
+    which of them fall within the sizes, so that is kept. Only sets of neighbours matter: where no tie crosses
+    the border of one of the sizes any way of selecting gives the same, and sorting is kept for the other
+    rows.
+    """
+    most = min(max(sizes) + 1, len(squared))
+    borders = torch.tensor([s for s in sizes if s < most], dtype=torch.int64, device=squared.device)
+    threads = torch.get_num_threads()
+    found = []
+    with ThreadPoolExecutor(threads) as pool:
+        for rows in squared.split(SYMMETRIC):
+            rounded = rows.sqrt().half().square_()
+            rounded.div_(rounded.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float16).tiny))
+            values, nearest = rounded.float().topk(most, dim=1, largest=False)
+            tied = (values[:, borders - 1] == values[:, borders]).any(1).nonzero()[:, 0]
+            # NumPy sorts unsigned integers exactly as it sorts the halves whose bits they are, but faster.
+            bits = np.array_split(rounded[tied].cpu().numpy().view(np.uint16), max(threads, SYMMETRIC // 16))
+            nearest = nearest[:, : max(sizes)].cpu().numpy()
+            ordered = pool.map(lambda part: np.argsort(part, axis=1)[:, : max(sizes)], bits)
+            nearest[tied.cpu().numpy()] = np.concatenate(list(ordered))
+            found.append(nearest)
+    return np.concatenate(found)
+
+
+def _indicator(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
+    """Return (N, N) with a 1 for every j among nearest[i], for nearest (N, k) indices."""
+    num, k = nearest.shape
+    ones = np.ones(num * k, dtype=np.float32)
+    return scipy.sparse.csr_matrix((ones, nearest.ravel(), np.arange(num + 1) * k), shape=(num, num))
+
+
+def _reciprocal(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
+    """Return (N, N) with a 1 where i and j are among each other's nearest (N, k)."""
+    indicator = _indicator(nearest)
+    return indicator.multiply(indicator.T).tocsr()
+
+
+def _minimum_sums(queries: scipy.sparse.csr_matrix, gallery: scipy.sparse.csc_matrix) -> np.ndarray:
+    """Return (Q, G) float32: the sum over columns of min(queries[q], gallery[g]), for (Q, N) and (G, N).
+
+    Each entry of a query meets the few gallery entries of its column: PAIRS such meetings at a time.
+    """
+    num_gallery = gallery.shape[0]
+    sums = np.empty((queries.shape[0], num_gallery), dtype=np.float32)
+    lengths = np.diff(gallery.indptr)[queries.indices]  # of the column of each query entry
+    starts = gallery.indptr[queries.indices]
+    meetings = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    first = 0
+    while first < len(sums):
+        budget = meetings[queries.indptr[first]] + PAIRS
+        last = max(first + 1, np.searchsorted(meetings[queries.indptr], budget, side="right") - 1)
+        entries = slice(queries.indptr[first], queries.indptr[last])
+        count = lengths[entries]
+        ours = np.repeat(np.arange(entries.start, entries.stop), count)
+        theirs = np.arange(count.sum()) + np.repeat(starts[entries] - (count.cumsum() - count), count)
+        line = np.repeat(np.arange(last - first), np.diff(queries.indptr[first : last + 1]))
+        cell = (line * num_gallery)[ours - entries.start] + gallery.indices[theirs]
+        smaller = np.minimum(queries.data[ours], gallery.data[theirs])
+        sums[first:last] = np.bincount(cell, smaller, (last - first) * num_gallery).reshape(-1, num_gallery)
+        first = last
+    return sums
