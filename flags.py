@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from augmentation import PAD
 from data_manager import DATASETS
 from loss import PROXIES
 from model import ARCHS, STEMS
@@ -58,8 +59,8 @@ def training_parser() -> Parser:
         help="images of an identity and modality in a batch (4, RegDB 5)",
     )  # fmt: skip
     training.add_argument(
-        "--pad", type=at_least(0), default=10, metavar="PIXELS",
-        help="border that random crops reach into; less than 10 for images smaller than the paper's (10)",
+        "--pad", type=at_least(0), default=PAD, metavar="PIXELS",
+        help=f"border that random crops reach into; less for images smaller than the paper's ({PAD})",
     )  # fmt: skip
     training.add_argument(
         "--proxies",
@@ -72,7 +73,7 @@ def training_parser() -> Parser:
         "--deterministic", action="store_true", help="bit for bit the same again on a GPU too"
     )
     training.add_argument(
-        "--compile", action="store_true", help="torch.compile the network: slow start, faster steps"
+        "--compile", action="store_true", help="torch.compile the network: a slow start, and on a CPU no gain"
     )
     evaluation = parser.add_argument_group("evaluation during training")
     evaluation.add_argument(

@@ -633,7 +633,8 @@ def _develop(canvas: Canvas, rng: np.random.Generator) -> Image.Image:
         light = 1 + rng.uniform(-0.4, 0.4) * x + rng.uniform(-0.5, 0.5) * y
     elif camera.spectrum == "infrared":
         centre = rng.normal(0, 0.3, 2)
-        light = 1.15 - rng.uniform(0.4, 0.9) * (0.7 * (x - centre[0]) ** 2 + (y - centre[1]) ** 2)
+        squared = 0.7 * (x - centre[0]) ** 2 + (y - centre[1]) ** 2
+        light = 1.15 / (1 + rng.uniform(0.4, 0.9) * squared)  # weaker with distance, and nowhere none
     else:
         light = np.ones_like(x)
     grey = pixels.mean(axis=2, keepdims=True)
