@@ -50,7 +50,9 @@ def center_triplet_loss(
     0. Squared distances are clamped at 1e-12 before the root.
     """
     columns = centers.index_select(0, labels)  # (m, D): row j is the centre of labels[j]
-    squared = features.square().sum(1, keepdim=True) + columns.square().sum(1) - 2 * features @ columns.T
+    with torch.autocast(features.device.type, enabled=False):
+        products = features @ columns.T
+    squared = features.square().sum(1, keepdim=True) + columns.square().sum(1) - 2 * products
     distances = squared.clamp(min=1e-12).sqrt()  # (m, m)
     same = labels[:, None] == labels[None, :]
     positive = distances.diagonal()

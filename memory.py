@@ -42,7 +42,8 @@ class ClusterMemory:
     def logits(self, features: torch.Tensor, historical: bool = False) -> torch.Tensor:
         """Similarity of features (n, D) to every class over the temperature: (n, C) float32."""
         table = self.centers if historical else self.proxies
-        return features.float() @ table.T / self.temperature
+        with torch.autocast(table.device.type, enabled=False):
+            return features.float() @ table.T / self.temperature
 
     @torch.no_grad()
     def update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
@@ -60,7 +61,8 @@ class ClusterMemory:
             hardest = similarity.expand_as(same).masked_fill(~same, torch.inf).argmin(1)
             towards = features.index_select(0, hardest)
         else:
-            towards = same.float() @ features / same.sum(1, keepdim=True)
+            with torch.autocast(features.device.type, enabled=False):
+                towards = same.float() @ features / same.sum(1, keepdim=True)
         moved = F.normalize(towards.lerp_(proxies, self.momentum))
         # Rows of one identity all write the same class: give them the very same values, those of its first
         # row, so that the result does not depend on which write comes last.

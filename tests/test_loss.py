@@ -91,6 +91,20 @@ def naive_center_triplet(features, labels, centers, margin=0.3):
     return total / len(labels)
 
 
+def test_autocast_leaves_the_loss_and_the_update_in_float32():
+    features, labels = random_features(6), torch.tensor([4, 4, 0, 0, 2, 2])
+    results = []
+    for enabled in (False, True):
+        bank = random_bank()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            total, terms = mce_loss(features, labels, bank)
+            bank.update(features, labels)
+        assert {term.dtype for term in terms.values()} == {torch.float32}
+        results.append((total, bank.shared.proxies, bank.visible.proxies))
+    for plain, autocast in zip(*results, strict=True):
+        assert torch.equal(plain, autocast)
+
+
 @pytest.mark.parametrize("labels", [[2], [1, 1], [0, 3], [4, 4, 0, 0, 2, 2]])
 @pytest.mark.parametrize("proxies", ["historical", "updated", "both"])
 def test_every_term_is_the_loop(labels, proxies):
