@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 
 def generator(seed: int, epoch: int, purpose: str, process: int = 0) -> np.random.Generator:
-    """The generator of one purpose in one epoch and process: the same three give the same draws."""
+    """The generator of one purpose in one epoch and process: the same give the same draws."""
     return np.random.default_rng([seed, epoch, _PURPOSES.index(purpose), process])
 
 
@@ -115,7 +115,8 @@ class TrainLoader:
     recipe: the augmentation, "sysu" or "regdb"; pad: its border, in pixels.
     cache says where the pixels live: "device"; "host", this process's memory; "disk", left memory-mapped, so
     that many processes share them; "auto": the device if it is a GPU and they fit in a third of its free
-    memory, else the disk. What was chosen is in .cache.
+    memory, else the disk. What was chosen is in .cache. A batch is augmented on the device, in a few kernels;
+    but from a CPU's "host" and "disk" image by image, as its caches like it, with the same result.
     UserError: --cache device without the memory for it.
     """
 
@@ -155,7 +156,7 @@ class TrainLoader:
         """Yield ({"visible", "infrared", "aux": (n, 3, H, W) float32}, labels (n,) int64) for every step.
 
         The aux images are the visible ones with an augmentation of their own. A function of seed, epoch and
-        process alone, the same on every device and with every cache.
+        process alone: the same with every cache, and on every device up to rounding.
         """
 
         def steps():
@@ -170,8 +171,12 @@ class TrainLoader:
                 pixels = self._prepare(visible, infrared, draws)
                 yield pinned(labels, self.device), pixels, draws
 
-        for labels, pixels, draws in self._timed(read_ahead(steps(), self.device)):
-            yield self._augment(pixels, draws), labels.to(self.device, non_blocking=True)
+        def batches():
+            with contextlib.closing(read_ahead(steps(), self.device)) as items:
+                for labels, pixels, draws in items:
+                    yield self._augment(pixels, draws), labels.to(self.device, non_blocking=True)
+
+        yield from self._timed(batches())
 
     def memory_batches(
         self, modality: str, batch_size: int, epoch: int, rank: int = 0, world_size: int = 1

@@ -102,6 +102,16 @@ def test_an_epoch_is_the_same_with_every_cache(stored):
             assert all(torch.equal(images[modality], part) for modality, part in steps[0][0].items())
 
 
+def test_pixels_stay_on_the_disk_where_a_gpu_has_no_room_for_them(stored, monkeypatch):
+    size = sum(part.nbytes for part in stored.values())
+    batches = IdentityBatches(MANY, 4, 2, 7)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * size - 3, 10 * size))
+    assert TrainLoader(stored, MANY, batches, "sysu", torch.device("cuda", 0), 7).cache == "disk"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size - 1, 10 * size))
+    with pytest.raises(UserError, match="--cache device: the images need"):
+        TrainLoader(stored, MANY, batches, "sysu", torch.device("cuda", 0), 7, "device")
+
+
 def test_an_epoch_yields_the_drawn_images_augmented(stored):
     loader = make_loader(stored)
     assert loader.cache == "disk"  # on the CPU the page cache does the rest
