@@ -9,7 +9,6 @@ The layouts and protocols are those of docs/method.md, section 8.
 
 import argparse
 import contextlib
-import logging
 import os
 import random
 import re
@@ -23,9 +22,9 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import scipy.io
 
-from utils import Parser, UserError, run_script
+from utils import Parser, UserError, log, run_script
 
-MODALITIES = ("visible", "infrared")
+CAPTURED = ("visible", "infrared")  # by cameras; aux images are made of visible ones
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 BOTH_WAYS = {"visible-to-infrared": "visible", "infrared-to-visible": "infrared"}
 
@@ -42,7 +41,6 @@ class Dataset:
     decay_epochs: tuple[int, int]  # the rate falls tenfold after the first, and again from the second on
     trials: range
     query_modality: dict[str, str]  # mode -> the modality of its queries; the gallery is of the other
-    metric: str  # the protocol's rules: eval_metrics.eval_<metric>
     index_folder: str  # holds the files that list the splits
 
     @property
@@ -57,9 +55,9 @@ class Dataset:
 
 _SYSU_MODES = {"all": "infrared", "indoor": "infrared"}
 DATASETS = {
-    "sysu": Dataset("SYSU-MM01", 384, 128, 4, "sysu", (20, 40), range(10), _SYSU_MODES, "sysu", "exp"),
-    "regdb": Dataset("RegDB", 288, 144, 5, "regdb", (30, 60), range(1, 11), BOTH_WAYS, "regdb", "idx"),
-    "llcm": Dataset("LLCM", 384, 144, 4, "sysu", (20, 40), range(10), BOTH_WAYS, "llcm", "idx"),
+    "sysu": Dataset("SYSU-MM01", 384, 128, 4, "sysu", (20, 40), range(10), _SYSU_MODES, "exp"),
+    "regdb": Dataset("RegDB", 288, 144, 5, "regdb", (30, 60), range(1, 11), BOTH_WAYS, "idx"),
+    "llcm": Dataset("LLCM", 384, 144, 4, "sysu", (20, 40), range(10), BOTH_WAYS, "idx"),
 }
 
 # Images in folders camN/PID of these: modality -> camid -> folder. All of SYSU-MM01, LLCM's test split.
@@ -109,8 +107,6 @@ _PUBLISHED = {
     },
 }
 
-logger = logging.getLogger("mce")
-
 Cells = dict[tuple[int, int], list[str]]  # (pid, camid) -> image paths in file-name order; none is empty
 
 
@@ -158,10 +154,10 @@ def train_samples(
         return _index_split(name, root, "train", trial)
 
     cells = _folder_split(name, root, split)
-    pids = {modality: {pid for pid, _ in cells[modality]} for modality in MODALITIES}
+    pids = {modality: {pid for pid, _ in cells[modality]} for modality in CAPTURED}
     lonely = pids["visible"] ^ pids["infrared"]
     if lonely:
-        logger.warning("%s: left out of training, in one modality only: id %s", root, _names(lonely))
+        log.warning("%s: left out of training, in one modality only: id %s", root, _names(lonely))
     return {
         modality: _samples(
             {key: paths for key, paths in part.items() if key[0] not in lonely}, modality, root
@@ -439,7 +435,7 @@ def _index_samples(
         else:
             _refuse(f"{where}: {path!r} has label {pid} here and {labels[path]} above", problems)
     if repeated:
-        logger.warning("%s: the same image again, dropped: line %s", file, _names(repeated))
+        log.warning("%s: the same image again, dropped: line %s", file, _names(repeated))
     if not labels:
         _refuse(f"{file}: lists no images", problems)
     if name == "regdb":
@@ -460,7 +456,7 @@ def _index_split(
 ) -> dict[str, Samples]:
     """{modality: Samples} of a split of RegDB, or LLCM's training split; both must have the same pids."""
     samples = {
-        modality: _index_samples(name, root, split, modality, trial, problems) for modality in MODALITIES
+        modality: _index_samples(name, root, split, modality, trial, problems) for modality in CAPTURED
     }
     lonely = set(samples["visible"].pids.tolist()) ^ set(samples["infrared"].pids.tolist())
     if lonely:
@@ -565,7 +561,7 @@ def _count_rows(splits: dict[str, dict[str, Samples]], published: dict) -> list[
                         counts[key][1].append(len(pids))
     rows = []
     for key in sorted(
-        counts, key=lambda key: (groups.index(key[0]), (*MODALITIES, "both").index(key[1]), key[2])
+        counts, key=lambda key: (groups.index(key[0]), (*CAPTURED, "both").index(key[1]), key[2])
     ):
         found = len(counts[key][0]), sum(counts[key][1])
         expected = published.get(key, (None, None))

@@ -18,7 +18,7 @@ PROTOCOLS = ("sysu", "regdb", "llcm")
 BLOCK = 2**25  # distances in one matrix product: 128 MB, enough rows to keep the product efficient
 MATCHES = 2**22  # matches looked up at a time: 150 MB of temporaries at most
 CACHED = 2**20  # distances counted at a time on the CPU: 4 MB, what its outer cache holds with room to spare
-FEW_MATCHES = 64  # up to here, one comparison pass for each match costs less than sorting
+FEW_MATCHES = 64  # up to here, two comparison passes for each match cost less than sorting
 
 
 class Metrics(NamedTuple):
@@ -130,12 +130,12 @@ def summarize(results: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
 def top_k(
     query_features: Array,
     gallery_features: Array,
+    q_pids: Array,
+    g_pids: Array,
     q_camids: Array | None,
     g_camids: Array | None,
     protocol: str,
     k: int,
-    q_pids: Array,
-    g_pids: Array,
 ) -> torch.Tensor:
     """Return (Q, k) int64 indices of each query's k nearest gallery images, nearest first.
 
@@ -184,7 +184,7 @@ def _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, protocol, max
     scratch = _Scratch()
 
     def distances(rows: torch.Tensor, lines: int) -> Iterator[torch.Tensor]:
-        if len(rows) == len(distmat):
+        if len(rows) == len(distmat):  # rows are sorted, each once: these are all
             return (part.to(dtype) for part in distmat.split(lines))
         parts = ((part, scratch.empty("rows", distmat, (len(part), width))) for part in rows.split(lines))
         return (torch.index_select(distmat, 0, part, out=out).to(dtype) for part, out in parts)
@@ -231,7 +231,7 @@ def _evaluate(
 
 
 class _Scratch:
-    """Memory that one block after the other is counted in: new memory costs more than counting does."""
+    """Memory that one block after the other is counted in: new memory would cost more than counting."""
 
     def __init__(self):
         self.memory = {}
@@ -239,9 +239,9 @@ class _Scratch:
     def empty(self, name: str, like: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         """Return a tensor of like's dtype, not initialised; what this name held before is lost."""
         size = shape[0] * shape[1]
-        memory = self.memory.get(name)
+        memory = self.memory.get((name, like.dtype))
         if memory is None or len(memory) < size:
-            memory = self.memory[name] = like.new_empty(size)
+            memory = self.memory[name, like.dtype] = like.new_empty(size)
         return memory[:size].view(shape)
 
 

@@ -1,6 +1,6 @@
 """Evaluation as train.py and test.py both do it: each image embedded once, every protocol scored from that.
 
-The one file between the scripts and the library: it wires data_manager, data_loader, model and eval_metrics.
+It wires data_manager, images, data_loader, model and eval_metrics for the scripts.
 """
 
 import math
@@ -196,7 +196,7 @@ class Evaluation:
         results = {}
         for protocol, those in trials.items():
             try:
-                results[protocol] = evaluate_trials(those, DATASETS[protocol.dataset].metric, rerank)
+                results[protocol] = evaluate_trials(those, protocol.dataset, rerank)
             except ValueError as error:
                 raise UserError(f"{protocol.title}: {error}") from error
         return results

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections import deque
@@ -16,11 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from utils import UserError, whole_file
+from utils import UserError, log, whole_file
 
 DECODE_PIECE = 8  # images a thread decodes in one go
-
-logger = logging.getLogger("mce")
 
 
 class UnreadableImages(UserError):
@@ -280,7 +277,7 @@ def open_training_arrays(
         if not np.array_equal(np.unique(labels[modality]), np.arange(classes)):
             raise UserError(f"{label_file}: labels with holes: not every one of 0..{classes - 1}; {remake}")
     if manifest is None:
-        logger.warning("%s: no %s: taking the arrays as they are", folder, manifest_file.name)
+        log.warning("%s: no %s: taking the arrays as they are", folder, manifest_file.name)
     elif len(manifest["pids"]) != classes:
         raise UserError(f"{files['visible'][1]}: does not belong to {manifest_file}; {remake}")
     elif paths is not None and manifest["fingerprint"] != fingerprint(paths):
@@ -338,6 +335,6 @@ def training_arrays(
             if all(np.array_equal(arrays.labels[modality], labels[modality]) for modality in labels):
                 return arrays
     total = sum(map(len, paths.values()))
-    logger.info("decoding %d training images once, into %s", total, folder)
+    log.info("decoding %d training images once, into %s", total, folder)
     write_training_arrays(folder, paths, labels, pids, height, width, workers, prefix, progress)
     return open_training_arrays(folder, height, width, paths, prefix)

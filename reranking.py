@@ -6,7 +6,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-PAIRS = 2**19  # pairs of sparse entries compared at a time: 12 MB of temporaries
+PAIRS = 2**19  # pairs of sparse entries compared at a time: 25 MB of temporaries
 SYMMETRIC = 256  # images in a block of the (N, N) distances
 
 Array = np.ndarray | torch.Tensor
@@ -28,7 +28,8 @@ def k_reciprocal(
     Neighbours are ranked in half precision, as the released code does, whose results depend on it.
 
     Args:
-        query_features, gallery_features: (Q, D) and (G, D); products run on their device, in float32.
+        query_features, gallery_features: (Q, D) and (G, D), unit norm (half precision holds no large
+            distances); products run on their device, in float32.
         k1, k2: neighbourhood sizes, cut to the number of images where that is smaller.
         lambda_value: weight of the original distance, in [0, 1].
 

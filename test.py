@@ -271,12 +271,12 @@ def save_figure(path: str, features: Features, evaluation: Evaluation, count: in
     order = top_k(
         features[query.modality][rows],
         features[gallery.modality][columns],
-        query.camids[picked],
-        gallery.camids,
-        DATASETS[protocol.dataset].metric,
-        10,
         query.pids[picked],
         gallery.pids,
+        query.camids[picked],
+        gallery.camids,
+        protocol.dataset,
+        10,
     )
     ranked = [[(gallery.paths[g], gallery.pids[g]) for g in line if g >= 0] for line in order.tolist()]
     ranked_results([(query.paths[k], query.pids[k]) for k in picked], ranked, path)

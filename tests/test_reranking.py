@@ -8,7 +8,7 @@ import torch
 
 import reranking
 from benchmarks.baseline_evaluation import k_reciprocal_loop
-from eval_metrics import k_reciprocal
+from reranking import k_reciprocal
 
 
 def unit(rng, num, dim):
@@ -58,6 +58,10 @@ def test_k_reciprocal_in_small_steps(monkeypatch):
     expected = k_reciprocal(*features)
     monkeypatch.setattr(reranking, "PAIRS", 1)
     np.testing.assert_array_equal(k_reciprocal(*features), expected)
+    monkeypatch.setattr(
+        reranking, "SYMMETRIC", 7
+    )  # blocks of rows; products of another height round otherwise
+    np.testing.assert_allclose(k_reciprocal(*features), expected, rtol=0, atol=1e-6)
 
 
 def test_k_reciprocal_gives_back_what_it_takes():
