@@ -2,9 +2,9 @@
 
 An identity has lasting traits (build, hair, garments, bag, shoes); a camera a viewpoint, backgrounds, light,
 blur and noise; a moment a pose, a shift, its light and perhaps an occlusion. Every surface has a visible
-colour, a near-infrared reflectance and a warmth, drawn independently of each other, so that colour helps
-within the visible modality and misleads across, while shape, cut, pattern and material carry over. Of a
-pattern's two inks the same one is the lighter in visible light and in near infrared.
+colour, a near-infrared reflectance and a warmth. Those of plain cloth are drawn independently of each other,
+so that colour helps within the visible modality and misleads across, while shape, cut, pattern and material
+carry over; of a pattern's two inks the same one is the lighter in visible light and in near infrared.
 """
 
 import math
@@ -206,8 +206,7 @@ def _pattern(cloth: Cloth, around: np.ndarray, along: np.ndarray, azimuth: np.nd
         return np.hypot(a - period / 2, b - period / 2) < 0.33 * period
     if cloth.pattern == "print":  # on the chest and on the back, so that either view tells it
         front = np.abs((azimuth + math.pi / 2) % math.pi - math.pi / 2)
-        disc = np.hypot(front / 0.75, (along - 0.17) / 0.065)
-        return (disc < 1) & ~((disc < 0.55) & (period < 0.1))
+        return np.hypot(front / 0.75, (along - 0.17) / 0.065) < 1
     if cloth.pattern == "yoke":
         return along < 0.13
     if cloth.pattern == "band":
@@ -290,7 +289,7 @@ class Canvas:
 
 
 def _draw_background(canvas: Canvas, rng: np.random.Generator) -> None:
-    """Fill the canvas with one of its camera's four backgrounds, at a random offset and zoom."""
+    """Fill the canvas with one of its camera's three backgrounds, at a random offset and zoom."""
     place = np.random.default_rng([*canvas.camera.key, int(rng.integers(3))])
     height = canvas.x.shape[0]
     zoom = rng.uniform(0.75, 1.2)

@@ -36,7 +36,7 @@ TRIALS = 10  # RegDB's splits, and the permutations of rand_perm_cam.mat
 
 
 @dataclass(frozen=True)
-class Shot:
+class Photo:
     """One image to draw: its file below the dataset's root, and what it shows; index counts from 0."""
 
     path: str
@@ -51,7 +51,7 @@ class Plan:
     """A dataset before it is drawn: its images and its other files (name below the root -> content)."""
 
     dataset: str
-    shots: list[Shot]
+    photos: list[Photo]
     texts: dict[str, str]
     permutations: np.ndarray | None = None  # SYSU-MM01's rand_perm_cam
 
@@ -77,7 +77,7 @@ def plan_sysu(identities: int, test_identities: int, images: int, seed: int) -> 
     pids = _sparse_pids(rng, identities + test_identities)
     held = max(1, identities // 5)
     splits = {"val": pids[:held], "train": pids[held:identities], "test": pids[identities:]}
-    shots = []
+    photos = []
     cells = np.empty((6, 1), object)
     for camera in range(6):
         cells[camera, 0] = np.empty((max(pids), 1), object)
@@ -87,31 +87,31 @@ def plan_sysu(identities: int, test_identities: int, images: int, seed: int) -> 
         for modality, cameras in CAMERAS["sysu"].items():
             for camid in _attendance(rng, cameras):
                 names = [f"cam{camid}/{pid:04d}/{index + 1:04d}.jpg" for index in range(images)]
-                shots += [Shot(name, pid, camid, modality, index) for index, name in enumerate(names)]
+                photos += [Photo(name, pid, camid, modality, index) for index, name in enumerate(names)]
                 orders = np.stack([rng.permutation(images) + 1 for _ in range(TRIALS)])
                 cells[camid - 1, 0][pid - 1, 0] = orders.astype(np.uint8 if images < 256 else np.uint16)
     texts = {f"exp/{split}_id.txt": _line(members) for split, members in splits.items()}
-    return Plan("sysu", shots, texts, cells)
+    return Plan("sysu", photos, texts, cells)
 
 
 def plan_regdb(identities: int, test_identities: int, images: int, seed: int) -> Plan:
     """RegDB's layout: ten random splits of all identities into training and test."""
     rng = np.random.default_rng([seed, SPLIT])
-    shots, texts = [], {}
+    photos, texts = [], {}
     for pid in range(1, identities + test_identities + 1):
         for modality, folder in (("visible", "Visible"), ("infrared", "Thermal")):
             names = [f"{folder}/{pid}/{folder[0].lower()}_{index + 1:05d}.bmp" for index in range(images)]
-            shots += [Shot(name, pid, 1, modality, index) for index, name in enumerate(names)]
+            photos += [Photo(name, pid, 1, modality, index) for index, name in enumerate(names)]
     for trial in range(1, TRIALS + 1):
         pids = rng.permutation(np.arange(1, identities + test_identities + 1)).tolist()
         for split, members in (("train", sorted(pids[:identities])), ("test", sorted(pids[identities:]))):
             labels = {pid: label for label, pid in enumerate(members)}
             for modality, name in (("visible", "visible"), ("infrared", "thermal")):
-                rows = [s for s in shots if s.modality == modality and s.pid in labels]
+                rows = [s for s in photos if s.modality == modality and s.pid in labels]
                 texts[f"idx/{split}_{name}_{trial}.txt"] = "".join(
                     f"{s.path} {labels[s.pid]}\n" for s in rows
                 )
-    return Plan("regdb", shots, texts)
+    return Plan("regdb", photos, texts)
 
 
 def plan_llcm(identities: int, test_identities: int, images: int, seed: int) -> Plan:
@@ -119,7 +119,7 @@ def plan_llcm(identities: int, test_identities: int, images: int, seed: int) -> 
     rng = np.random.default_rng([seed, SPLIT])
     pids = _sparse_pids(rng, identities + test_identities)
     labels = {pid: label for label, pid in enumerate(sorted(pids[:identities]))}
-    shots = []
+    photos = []
     texts = {"idx/train_vis.txt": "", "idx/train_nir.txt": "", "idx/test_id.txt": _line(pids[identities:])}
     for pid in sorted(pids):
         for modality, name in (("visible", "vis"), ("infrared", "nir")):
@@ -132,19 +132,19 @@ def plan_llcm(identities: int, test_identities: int, images: int, seed: int) -> 
                         texts[f"idx/train_{name}.txt"] += f"{file} {labels[pid]}\n"
                     else:
                         file = f"test_{name}/cam{camid}/{pid:04d}/{file}"
-                    shots.append(Shot(file, pid, camid, modality, index))
-    return Plan("llcm", shots, texts)
+                    photos.append(Photo(file, pid, camid, modality, index))
+    return Plan("llcm", photos, texts)
 
 
 PLANS = {"sysu": plan_sysu, "regdb": plan_regdb, "llcm": plan_llcm}
 
 
-def draw_shot(shot: Shot, root: str, dataset: str, seed: int, height: int, width: int) -> None:
+def draw_photo(photo: Photo, root: str, dataset: str, seed: int, height: int, width: int) -> None:
     """Draw one image file; its bytes depend on the arguments alone."""
-    camera = make_camera(seed, shot.modality, shot.camid, thermal=dataset == "regdb")
-    rng = np.random.default_rng([seed, MOMENT, camera.key[2], shot.pid, shot.camid, shot.index])
-    image = render(make_identity(seed, shot.pid), camera, rng, height, width)
-    image.save(Path(root, shot.path), quality=90)  # BMP has no quality and ignores it
+    camera = make_camera(seed, photo.modality, photo.camid, thermal=dataset == "regdb")
+    rng = np.random.default_rng([seed, MOMENT, camera.key[2], photo.pid, photo.camid, photo.index])
+    image = render(make_identity(seed, photo.pid), camera, rng, height, width)
+    image.save(Path(root, photo.path), quality=90)  # BMP has no quality and ignores it
 
 
 def draw_dataset(
@@ -170,7 +170,7 @@ def draw_dataset(
         root.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".part", dir=root.parent))
         inside = temporary / "dataset"  # mkdtemp's folder is private; this one has the usual permissions
-        for folder in {Path(name).parent for name in [*plan.texts, *(shot.path for shot in plan.shots)]}:
+        for folder in {Path(name).parent for name in [*plan.texts, *(photo.path for photo in plan.photos)]}:
             (inside / folder).mkdir(parents=True, exist_ok=True)
         for name, text in plan.texts.items():
             (inside / name).write_text(text)
@@ -195,14 +195,14 @@ def _mat_bytes(permutations: np.ndarray) -> bytes:
 
 
 def _draw_all(plan: Plan, root: Path, seed: int, height: int, width: int, workers: int) -> None:
-    draw = partial(draw_shot, root=str(root), dataset=plan.dataset, seed=seed, height=height, width=width)
-    progress = partial(tqdm, total=len(plan.shots), desc="drawing", unit="image", disable=None)
+    draw = partial(draw_photo, root=str(root), dataset=plan.dataset, seed=seed, height=height, width=width)
+    progress = partial(tqdm, total=len(plan.photos), desc="drawing", unit="image", disable=None)
     if workers <= 1:
-        for _ in progress(map(draw, plan.shots)):
+        for _ in progress(map(draw, plan.photos)):
             pass
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for _ in progress(pool.map(draw, plan.shots, chunksize=8)):
+        for _ in progress(pool.map(draw, plan.photos, chunksize=8)):
             pass
 
 
@@ -212,14 +212,14 @@ def contact_sheet(plan: Plan, root: str | os.PathLike, path: str | os.PathLike, 
     The rows are the identities that the most cameras saw; with few cameras each gets several columns.
     Raises UserError if path cannot be written.
     """
-    cameras = sorted({(shot.modality != "visible", shot.camid) for shot in plan.shots})
+    cameras = sorted({(photo.modality != "visible", photo.camid) for photo in plan.photos})
     repeats = max(1, 6 // len(cameras))
-    shots = {(s.pid, s.modality != "visible", s.camid, s.index): s for s in plan.shots if s.index < repeats}
+    photos = {(s.pid, s.modality != "visible", s.camid, s.index): s for s in plan.photos if s.index < repeats}
     columns = [(*camera, index) for camera in cameras for index in range(repeats)]
-    pids = sorted({shot.pid for shot in plan.shots})
-    pids.sort(key=lambda pid: -sum((pid, *column) in shots for column in columns))
+    pids = sorted({photo.pid for photo in plan.photos})
+    pids.sort(key=lambda pid: -sum((pid, *column) in photos for column in columns))
     pids = sorted(pids[:identities])
-    with Image.open(Path(root, plan.shots[0].path)) as first:
+    with Image.open(Path(root, plan.photos[0].path)) as first:
         width, height = first.size
     gap, left, top = 4, 54, 34
     sheet = Image.new("RGB", (left + len(columns) * (width + gap), top + len(pids) * (height + gap)), "white")
@@ -230,8 +230,8 @@ def contact_sheet(plan: Plan, root: str | os.PathLike, path: str | os.PathLike, 
         for j, pid in enumerate(pids):
             if i == 0:
                 pen.text((4, top + j * (height + gap) + height // 2), f"id {pid:04d}", "black", font)
-            if (shot := shots.get((pid, *columns[i]))) is not None:
-                with Image.open(Path(root, shot.path)) as image:
+            if (photo := photos.get((pid, *columns[i]))) is not None:
+                with Image.open(Path(root, photo.path)) as image:
                     sheet.paste(image, (left + i * (width + gap), top + j * (height + gap)))
     with whole_file(path) as temporary:
         sheet.save(temporary, format="PNG")
@@ -279,7 +279,9 @@ def main(args: argparse.Namespace) -> None:
     ]
     plan = PLANS[args.dataset](*sizes, args.seed)
     draw_dataset(plan, args.data_path, args.seed, args.img_h, args.img_w, args.workers)
-    print(f"{args.data_path}: {len(plan.shots)} images of {sizes[0]} training and {sizes[1]} test identities")
+    print(
+        f"{args.data_path}: {len(plan.photos)} images of {sizes[0]} training and {sizes[1]} test identities"
+    )
     if args.contact_sheet:
         contact_sheet(plan, args.data_path, args.contact_sheet)
         print(f"{args.contact_sheet}: a contact sheet")

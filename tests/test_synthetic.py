@@ -51,25 +51,25 @@ def test_images_are_whole_and_infrared_is_grey(drawn):
     plan, root = drawn
     assert sorted(_files(root)) == sorted(
         [
-            *(shot.path for shot in plan.shots),
+            *(photo.path for photo in plan.photos),
             *plan.texts,
             *["exp/rand_perm_cam.mat"] * (plan.dataset == "sysu"),
         ]
     )
-    for shot in plan.shots:
-        with Image.open(root / shot.path) as image:
+    for photo in plan.photos:
+        with Image.open(root / photo.path) as image:
             assert image.format == ("BMP" if plan.dataset == "regdb" else "JPEG")
             pixels = np.asarray(image).astype(int)
         assert pixels.shape == (32, 16, 3)
-        assert (np.ptp(pixels, axis=2).max() == 0) == (shot.modality == "infrared")
+        assert (np.ptp(pixels, axis=2).max() == 0) == (photo.modality == "infrared")
     assert len(set(_files(root).values())) == len(_files(root))  # no two images alike
 
 
 def test_every_identity_has_both_modalities_and_equal_counts(drawn):
     plan, _ = drawn
-    seen = Counter((shot.pid, shot.modality, shot.camid) for shot in plan.shots)
+    seen = Counter((photo.pid, photo.modality, photo.camid) for photo in plan.photos)
     assert set(seen.values()) == {IMAGES}
-    assert len({shot.pid for shot in plan.shots}) == TRAIN + TEST
+    assert len({photo.pid for photo in plan.photos}) == TRAIN + TEST
     assert {pid for pid, modality, _ in seen if modality == "visible"} == {
         pid for pid, modality, _ in seen if modality == "infrared"
     }
@@ -185,7 +185,7 @@ def test_the_command(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "images of 3 training and 2 test identities" in run.stdout
     plan = synthetic.plan_sysu(3, 2, 1, 7)
-    assert set(_files(tmp_path / "data")) == {s.path for s in plan.shots} | {
+    assert set(_files(tmp_path / "data")) == {s.path for s in plan.photos} | {
         *plan.texts,
         "exp/rand_perm_cam.mat",
     }
@@ -267,10 +267,10 @@ def test_a_folder_with_something_in_it_is_refused_untouched(tmp_path, capsys):
 
 
 def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
-    def fail(shot, **_):
+    def fail(photo, **_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(synthetic, "draw_shot", fail)
+    monkeypatch.setattr(synthetic, "draw_photo", fail)
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match=r"^--data-path .*data: cannot be written: No space left on device$"):
         synthetic.draw_dataset(synthetic.plan_sysu(2, 2, 1, 0), tmp_path / "data", workers=0)
@@ -296,3 +296,12 @@ def test_drawing_needs_no_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent).returncode == 0
+
+
+def test_an_infrared_scene_is_lit_everywhere():
+    camera = people.make_camera(0, "infrared", 3)
+    for seed in range(60):
+        canvas = people.Canvas(40, 20, camera)
+        canvas.pixels[:] = 1
+        image = np.asarray(people._develop(canvas, np.random.default_rng(seed)))
+        assert image.min() > 0.2 * image.max()
