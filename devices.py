@@ -56,7 +56,7 @@ WAIT = datetime.timedelta(hours=4)  # for a process that decodes a dataset's ima
 class Processes:
     """This process among those that torchrun started: rank, world_size and the collectives of a run.
 
-    Alone (world_size 1) every collective is the identity, so that callers have one path.
+    Alone (world_size 1) every collective gives what it was given, so that callers have one path.
     """
 
     def __init__(self):

@@ -48,7 +48,8 @@ def training_parser() -> Parser:
     )  # fmt: skip
     training.add_argument(
         "--decay-epochs", type=at_least(0), nargs=2, metavar="N",
-        help="the rate falls tenfold after the first and again from the second on (20 40, RegDB 30 60)",
+        help="the rate falls tenfold after the first and again from the second on, epochs counted from 0 "
+        "(20 40, RegDB 30 60)",
     )  # fmt: skip
     training.add_argument(
         "--batch-size", type=at_least(1), default=8, metavar="IDENTITIES",
@@ -70,7 +71,7 @@ def training_parser() -> Parser:
     )
     training.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of all randomness (0)")
     training.add_argument(
-        "--deterministic", action="store_true", help="bit for bit the same again on a GPU too"
+        "--deterministic", action="store_true", help="only algorithms that give the same again, on a GPU too"
     )
     training.add_argument(
         "--compile", action="store_true", help="torch.compile the network: a slow start, and on a CPU no gain"
@@ -105,7 +106,9 @@ def training_parser() -> Parser:
     )
     outputs.add_argument("--overwrite", action="store_true", help="replace a run of these settings")
     outputs.add_argument(
-        "--check", action="store_true", help="do everything but train, and say what was found"
+        "--check",
+        action="store_true",
+        help="try data, one step, one evaluation batch and the outputs, and say what was found",
     )
     return parser
 

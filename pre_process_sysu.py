@@ -15,18 +15,16 @@ from tqdm import tqdm
 
 from data_manager import DATASETS, class_labels, dataset_root, train_samples
 from images import array_files, write_training_arrays
-from utils import Parser, at_least, run_script
+from utils import Parser, at_least, data_flags, run_script
 
 
 def get_args_parser() -> Parser:
     """The command line."""
     sysu = DATASETS["sysu"]
-    parser = Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], parents=[data_flags()])
+    parser.set_defaults(img_h=sysu.height, img_w=sysu.width)
     add = parser.add_argument
-    add("--data-path", default="data/sysu", metavar="DIR", help="SYSU-MM01 (%(default)s)")
     add("--output", metavar="DIR", help="folder for the arrays (that of SYSU-MM01, where train.py looks)")
-    add("--img-h", type=at_least(1), default=sysu.height, metavar="N", help="pixels (%(default)s)")
-    add("--img-w", type=at_least(1), default=sysu.width, metavar="N", help="pixels (%(default)s)")
     add("--workers", type=at_least(1), default=os.cpu_count(), metavar="N", help="threads (%(default)s)")
     return parser
 

@@ -26,7 +26,7 @@ from augmentation import normalize
 from devices import Processes
 from eval_metrics import Metrics
 from flags import checked_settings, parse_training_args, trials_of
-from loss import mce_loss
+from loss import WEIGHTS, mce_loss
 from model import extract_features
 from runs import Run, environment, existing, log_to_terminal, open_run
 from training import SELECTION, Training
@@ -34,7 +34,7 @@ from utils import MODALITIES, Stopped, UserError, log, run_script, stop_signals
 
 Batches = Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]
 
-TERMS = ("shared", "visible", "infrared", "aux", "align", "center")
+TERMS = tuple(WEIGHTS)
 LOOK_EVERY = 20  # steps between two looks at the device's losses: each look waits for the device
 
 

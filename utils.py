@@ -166,7 +166,7 @@ def positive(text: str) -> float:
 
 
 def data_flags() -> Parser:
-    """Flags of every script that reads a dataset."""
+    """Flags of every script that reads a dataset's images."""
     parser = Parser(add_help=False)
     group = parser.add_argument_group("data")
     group.add_argument("--data-path", metavar="DIR", help="the dataset's folder (data/<dataset>)")

@@ -1,1 +1,1 @@
-"""What this project's speed is measured with: one short script a row of the table."""
+"""What this project's speed is measured with: a short script for each kind of work."""

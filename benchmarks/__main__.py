@@ -4,7 +4,7 @@
     python -m benchmarks --device cuda --format markdown
     python -m benchmarks --quick --only training_step extraction
 
-Seconds are medians; baseline and ours run in turns in one process, after a check that they give the same.
+Seconds are medians; a baseline and ours run in turns in one process, and are checked to give the same.
 """
 
 import argparse
@@ -18,11 +18,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import PIL
 import torch
-import torchvision
 
+from runs import versions
 from utils import Parser, UserError, run_script
 
 NAMES = (
@@ -64,17 +62,7 @@ def machine(device: str) -> str:
         parts.append(torch.cuda.get_device_name())
     if hasattr(os, "getloadavg"):  # other work at the same time
         parts.append(f"load {os.getloadavg()[1]:.1f}")
-    versions = {
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "NumPy": np.__version__,
-        "Pillow": PIL.__version__,
-    }
-    parts += [
-        str(datetime.date.today()),
-        ", ".join(f"{name} {version}" for name, version in versions.items()),
-    ]
+    parts += [str(datetime.date.today()), ", ".join(map(" ".join, versions().items()))]
     return "; ".join(parts)
 
 

@@ -15,11 +15,11 @@ import torch
 from torchvision.transforms import functional as transforms
 
 from augmentation import Draws, augment, crop, draw_augmentation, finish
-from benchmarks.timing import compare
+from benchmarks.timing import compare, wait_for
 from data_loader import IdentityBatches, TrainLoader
+from utils import MODALITIES
 
 HEIGHT, WIDTH = 384, 128
-MODALITIES = ("visible", "infrared", "aux")
 
 
 def augment_one(image: np.ndarray, draw: dict) -> torch.Tensor:
@@ -121,19 +121,15 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
         batches = IdentityBatches(labels, batch_size, num_pos, seed=0)
         loader = TrainLoader(images, labels, batches, "sysu", torch.device(device), seed=0)
 
-        def wait() -> None:
-            if device == "cuda":
-                torch.cuda.synchronize()
-
         def baseline() -> None:
             for _ in range(steps):
                 baseline_step(images, rows_of, batch_size, num_pos, device)
-            wait()
+            wait_for(device)
 
         def ours() -> None:
             for _, _batch in zip(range(steps), loader.epoch(0), strict=False):
                 pass
-            wait()
+            wait_for(device)
 
         baseline_s, ours_s = compare(baseline, ours, repeats)
     count = steps * batch_size * num_pos * 3

@@ -74,10 +74,10 @@ def test_the_arrays_hold_the_training_images(root):
 def test_output_and_the_underscored_flags(root, tmp_path, run_here):
     before = names(root)
     status, errors = run_here(
-        "--data_path", root, "--img_h", 12, "--img_w", 6, "--output", tmp_path / "new" / "arrays"
+        "--data_path", root, "--img_h", 12, "--img_w", 8, "--output", tmp_path / "new" / "arrays"
     )
     assert status == 0, errors
-    assert open_training_arrays(tmp_path / "new" / "arrays", 12, 6).images["visible"].shape == (12, 12, 6, 3)
+    assert open_training_arrays(tmp_path / "new" / "arrays", 12, 8).images["visible"].shape == (12, 12, 8, 3)
     assert names(root) == before
 
 

@@ -373,7 +373,7 @@ def test_a_small_disk_is_refused_before_the_first_epoch(sysu, train_here, monkey
 
 
 def test_the_trials_to_come_need_room_too(tmp_path, train_here, monkeypatch):
-    """A checkpoint and its best one of the ten trials: 40 networks' sizes; of one trial four, and a third."""
+    """One trial needs seven networks' sizes at most, each further one four: ten trials 43."""
     root = tmp_path / "regdb"
     synthetic.draw_dataset(synthetic.plan_regdb(4, 2, 2, 0), root, height=48, width=24)
     flags = [*tiny_flags(root), "--dataset", "regdb", "--epochs", 1]

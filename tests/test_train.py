@@ -1,3 +1,4 @@
+import functools
 import os
 import shutil
 import subprocess
@@ -147,6 +148,16 @@ def test_check_does_everything_but_write(sysu, train_here, tmp_path):
         assert words in output
     assert output.splitlines()[-1].startswith("check passed")
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_compiled_network_is_saved_as_the_plain_one(sysu, trained, train_here, tmp_path, monkeypatch):
+    compile_with = functools.partial(torch.compile, backend="eager")  # traces it, and spares a C++ compiler
+    monkeypatch.setattr(torch, "compile", compile_with)
+    status, _, errors = train_here(*tiny_flags(sysu), "--epochs", 1, "--compile")
+    assert (status, errors) == (0, [])
+    saved = load_checkpoint(only(tmp_path / "work" / "save_model", "*_last.t"))
+    plain = load_checkpoint(only(trained[0] / "save_model", "*_last.t"))
+    assert saved["net"].keys() == plain["net"].keys()
 
 
 def test_check_refuses_what_cannot_be_written(sysu, train_here, tmp_path):
