@@ -77,5 +77,9 @@ def save_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
     with whole_file(path) as temporary:
         try:
             torch.save(checkpoint, temporary)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # torch's zip writer reports a full disk so, not as an OSError
+            if "CUDA" in str(error):
+                raise
             raise OSError(errno.ENOSPC, "torch could not write it whole: is the disk full?") from error

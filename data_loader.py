@@ -92,10 +92,13 @@ def read_ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
     The thread ends with the items or when the consumer closes; what it raises is raised here.
     """
     end = object()
+    gpu = device.index
+    if device.type == "cuda" and gpu is None:
+        gpu = torch.cuda.current_device()
 
     def start() -> None:
-        if device.type == "cuda":  # else pinning memory would put a context on GPU 0, asked for or not
-            torch.cuda.set_device(device)
+        if gpu is not None:  # else pinning memory would put a context on GPU 0, asked for or not
+            torch.cuda.set_device(gpu)
 
     pool = ThreadPoolExecutor(1, "read-ahead", start)
     try:
@@ -136,7 +139,10 @@ class TrainLoader:
         self.pad = pad
         self.wait_seconds = 0.0  # how long the consumer waited for input in the last epoch
         size = sum(part.nbytes for part in images.values())
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+        free = None
+        if device.type == "cuda":  # torch's own reserve counts: a former run of --trial all may have left it
+            reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            free = torch.cuda.mem_get_info(device)[0] + reserve
         if cache == "auto":
             cache = "device" if free is not None and size <= free / 3 else "disk"
         if cache == "device" and free is not None and size > free:

@@ -31,6 +31,7 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     `off` means all of float32: on GPUs it turns off TF32 too, which cuDNN would use for convolutions.
     """
     torch.backends.cudnn.allow_tf32 = amp != "off"
+    torch.backends.cuda.matmul.allow_tf32 = False  # the losses', the memory's and the metrics' products
     if amp == "auto":
         if device.type == "cuda":
             if torch.cuda.get_device_capability(device) >= (8, 0):
@@ -50,7 +51,7 @@ def cpu_has_bfloat16() -> bool:
         return False
 
 
-WAIT = datetime.timedelta(hours=4)  # for a process that decodes a dataset's images while the others wait
+WAIT = datetime.timedelta(hours=4)  # for a process that decodes a dataset's images while the others wait()
 
 
 class Processes:
@@ -68,11 +69,12 @@ class Processes:
         """Join the other processes, over NCCL on GPUs and gloo on the CPU; again is no harm."""
         if self.world_size > 1 and not torch.distributed.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, timeout=WAIT)
-            self.device = device
+            torch.distributed.init_process_group(backend)
+            # On the host: agreeing there waits for no GPU, and has more patience than a GPU's collectives.
+            self.host = torch.distributed.new_group(backend="gloo", timeout=WAIT)
 
     def stop(self) -> None:
-        """Leave the other processes."""
+        """Leave the other processes, when all are done: after an error this would wait for them."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             if self.rank == 0:  # it holds the store through which the others take their leave:
                 time.sleep(0.5)  # torch 2.6's gloo hung about once in ten times when it was gone first
@@ -88,8 +90,8 @@ class Processes:
         """The largest of every process's number."""
         if self.world_size == 1:
             return number
-        everyones = torch.tensor(number, device=self.device)
-        torch.distributed.all_reduce(everyones, torch.distributed.ReduceOp.MAX)
+        everyones = torch.tensor(number)
+        torch.distributed.all_reduce(everyones, torch.distributed.ReduceOp.MAX, self.host)
         return int(everyones)
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -109,7 +111,7 @@ class Processes:
     def wait(self) -> None:
         """Wait until every process is here."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            torch.distributed.barrier(self.host)
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -120,4 +122,5 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # none is read
     torch.backends.cudnn.benchmark = not deterministic

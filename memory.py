@@ -56,12 +56,12 @@ class ClusterMemory:
         features = features.detach().float()
         same = labels[:, None] == labels[None, :]  # (n, n)
         proxies = self.proxies.index_select(0, labels)  # (n, D)
-        if self.hard:
-            similarity = torch.linalg.vecdot(features, proxies)  # (n,)
-            hardest = similarity.expand_as(same).masked_fill(~same, torch.inf).argmin(1)
-            towards = features.index_select(0, hardest)
-        else:
-            with torch.autocast(features.device.type, enabled=False):
+        with torch.autocast(features.device.type, enabled=False):
+            if self.hard:
+                similarity = torch.linalg.vecdot(features, proxies)  # (n,)
+                hardest = similarity.expand_as(same).masked_fill(~same, torch.inf).argmin(1)
+                towards = features.index_select(0, hardest)
+            else:
                 towards = same.float() @ features / same.sum(1, keepdim=True)
         moved = F.normalize(towards.lerp_(proxies, self.momentum))
         # Rows of one identity all write the same class: give them the very same values, those of its first

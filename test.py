@@ -312,12 +312,17 @@ def main(args: argparse.Namespace) -> None:
 
     reranks = dict.fromkeys((None, args.rerank))
     results = {(protocol, rerank): [] for protocol in protocols for rerank in reranks}
-    for trial, path in paths.items():
-        model = from_checkpoint(path).to(device, memory_format=torch.channels_last)
-        features = evaluation.features(model, device, dtype, args.test_batch, args.workers, processes, trial)
-        for rerank in reranks:
-            for protocol, metrics in evaluation.score(features, rerank, trial).items():
-                results[protocol, rerank] += metrics
+    try:
+        for trial, path in paths.items():
+            model = from_checkpoint(path).to(device, memory_format=torch.channels_last)
+            features = evaluation.features(
+                model, device, dtype, args.test_batch, args.workers, processes, trial
+            )
+            for rerank in reranks:
+                for protocol, metrics in evaluation.score(features, rerank, trial).items():
+                    results[protocol, rerank] += metrics
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
 
     lines = heading(args, checkpoints, trials, evaluation)
     print(results_table(lines, table_rows(results, trials), args.format))

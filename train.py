@@ -308,9 +308,13 @@ def main(args: argparse.Namespace) -> int | None:
             launcher = ["torchrun", "--nproc_per_node", str(processes.world_size)]
             words = [*(launcher if processes.world_size > 1 else ["python"]), *words, *resume]
             log.info("stopped by %s; to continue: %s", stopped, shlex.join(words))
-            return 128 + stopped.signum
-        finally:
             processes.stop()
+            return 128 + stopped.signum
+        except RuntimeError as error:
+            if processes.world_size > 1 and "by peer" in str(error):  # closed, or reset
+                raise UserError("another process has ended: its own message says why") from error
+            raise
+    processes.stop()
     return None
 
 

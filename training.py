@@ -109,6 +109,7 @@ class Training:
         if processes.world_size > 1:
             devices = [self.device.index] if self.device.type == "cuda" else None
             self.network = DistributedDataParallel(self.model, device_ids=devices)
+            self.network.broadcast_buffers = False  # training reads none; train.py shares them each epoch
         if args.compile:
             self.network = torch.compile(self.network)
         self.bank = MemoryBank(int(labels["visible"].max()) + 1, self.model.dim, device=self.device)
@@ -133,6 +134,8 @@ class Training:
                 self.optimizer.load_state_dict(checkpoint["optimizer"])
                 if checkpoint["scaler"]:  # empty but of a run in fp16: --amp auto differs between GPUs
                     self.scaler.load_state_dict(checkpoint["scaler"])
+            except torch.OutOfMemoryError:
+                raise
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
                 raise UserError(f"--resume {args.resume}: broken state of the optimizer: {error}") from error
             if checkpoint.get("data") != self.data:

@@ -9,6 +9,7 @@ Seconds are medians; a baseline and ours run in turns in one process, and are ch
 
 import argparse
 import datetime
+import gc
 import importlib
 import os
 import platform
@@ -118,13 +119,17 @@ def main(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here")
     rows, start = [], time.perf_counter()
-    for name in NAMES:
-        if name in args.only:
-            print(f"{time.perf_counter() - start:5.0f} s  {name} ...", file=sys.stderr, flush=True)
-            rows += importlib.import_module(f"benchmarks.{name}").run(args.device, args.quick)
-    heading = f"{machine(args.device)}; {time.perf_counter() - start:.0f} s in all"
-    print(("### " if args.format == "markdown" else "") + heading + "\n")
-    print(table(rows, args.format))
+    try:
+        for name in NAMES:
+            if name in args.only:
+                print(f"{time.perf_counter() - start:5.0f} s  {name} ...", file=sys.stderr, flush=True)
+                rows += importlib.import_module(f"benchmarks.{name}").run(args.device, args.quick)
+                gc.collect()
+                torch.cuda.empty_cache()  # for the process of start_up
+    finally:  # what was measured is told even if the next one fails
+        heading = f"{machine(args.device)}; {time.perf_counter() - start:.0f} s in all"
+        print(("### " if args.format == "markdown" else "") + heading + "\n")
+        print(table(rows, args.format))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def peak_memory(function: Callable[..., object], *args) -> int:
 def run_alone(prepare: Callable[..., Callable[[], object]], *args) -> tuple[float, int]:
     """Return (seconds, bytes) of the callable that prepare(*args) returns, called in a process of its own.
 
-    bytes: how far the call raises resident memory at most, above what prepare left there (Linux only).
+    bytes: how far the call raises memory at most, above what prepare left there: resident memory (Linux
+    only), or the GPU's where prepare has begun to use it. On a GPU it is called once before.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -61,6 +62,15 @@ def run_alone(prepare: Callable[..., Callable[[], object]], *args) -> tuple[floa
 
 def _measure(sender, prepare: Callable[..., Callable[[], object]], args: tuple) -> None:
     function = prepare(*args)
+    if torch.cuda.is_initialized():
+        function()  # loads kernels
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        sender.send((time.perf_counter() - start, torch.cuda.max_memory_allocated() - before))
+        return
     with contextlib.suppress(
         OSError
     ):  # where this is not allowed, what prepare needed at most counts as there

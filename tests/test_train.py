@@ -217,6 +217,20 @@ def test_two_processes_train_one_run(sysu, tmp_path):
     assert "its run has 2 process(es), this has 1: start it with torchrun" in resumed.stderr
 
 
+def test_what_ends_one_of_two_processes_ends_both_in_lines(copy, tmp_path):
+    pid = int((copy / "exp" / "test_id.txt").read_text().split(",")[0])
+    broken = sorted(copy.glob(f"cam[36]/{pid:04d}/*.jpg"))[0]
+    broken.write_bytes(b"no image")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*launcher, str(REPOSITORY / "train.py"), *tiny_flags(copy), "--epochs", "2"]
+    done = subprocess.run(
+        words, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert f"train.py: error: cannot read 1 image: {broken}" in done.stderr
+    assert 'train.py", line' not in done.stderr  # of a traceback
+
+
 def test_one_gpu_for_many_processes_is_refused(train_here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, errors = train_here("--gpu", "0")
