@@ -215,19 +215,31 @@ def _evaluate(
             places, real = gallery.images(identities)
             counted = real & ~_ignored(protocol, ids, rows[:, None], gallery.columns[places])
             kept = counted.any(1)
-            rows, places, real, counted = rows[kept], places[kept], real[kept], counted[kept]
+            rows, matches = rows[kept], _Matches(places, real, counted).of(kept)
             if not len(rows):
                 continue
-            parts = zip(*(x.split(lines) for x in (places, real, counted)), strict=True)
+            parts = map(_Matches, *(values.split(lines) for values in matches))
             blocks = zip(distances(rows, lines), parts, strict=True)
-            counts = [_count_block(gallery, block, *part, scratch) for block, part in blocks]
+            counts = [_count_block(gallery, block, part, scratch) for block, part in blocks]
             nearer, preceding = (torch.cat(values) for values in zip(*counts, strict=True))
-            rankings.append((preceding, *_precision(nearer, real, counted)))
+            rankings.append((preceding, *_precision(nearer, matches)))
     if not rankings:
         raise ValueError("no query has a match in the gallery, so there is nothing to average")
     preceding, precision, inverse = (torch.cat(values) for values in zip(*rankings, strict=True))
     found = torch.bincount(preceding.clamp(max=max_rank), minlength=max_rank + 1)[:max_rank].cumsum(0)
     return Metrics(found.cpu().numpy() / len(preceding), float(precision.mean()), float(inverse.mean()))
+
+
+class _Matches(NamedTuple):
+    """The images of q queries' own pids in a gallery, (q, M) each; queries with fewer than M have padding."""
+
+    places: torch.Tensor  # among the gallery's columns
+    real: torch.Tensor  # bool: no padding
+    counted: torch.Tensor  # bool: neither padding nor ignored
+
+    def of(self, queries: torch.Tensor) -> "_Matches":
+        """Those of some of the queries."""
+        return _Matches(*(values[queries] for values in self))
 
 
 class _Scratch:
@@ -246,50 +258,36 @@ class _Scratch:
 
 
 def _count_block(
-    gallery: "_Gallery",
-    block: torch.Tensor,
-    places: torch.Tensor,
-    real: torch.Tensor,
-    counted: torch.Tensor,
-    scratch: _Scratch,
+    gallery: "_Gallery", block: torch.Tensor, matches: _Matches, scratch: _Scratch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count what is nearer than the matches of q queries.
+    """Count what is nearer than the matches of q queries, whose distances are block (q, G).
 
-    block (q, G) distances; places (q, M) of the images of a query's own pid among the columns;
-    real (q, M) tells which of these are no padding, counted (q, M) which are not ignored either.
     Returns the number of images nearer than each (q, M), and of what CMC counts before the first match (q,).
     """
     block = gallery.arrange(block, scratch)
-    nearer, preceding, tied = _count_columns(gallery, block, places, real, counted, scratch)
+    nearer, preceding, tied = _count_columns(gallery, block, matches, scratch)
     if tied.any():  # as ranks, in which gallery order has decided, no two distances are equal
         ranks = _ranks(block[tied], gallery.columns.argsort())
-        part = places[tied], real[tied], counted[tied]
-        nearer[tied], preceding[tied], _ = _count_columns(gallery, ranks, *part, scratch)
+        nearer[tied], preceding[tied], _ = _count_columns(gallery, ranks, matches.of(tied), scratch)
     return nearer, preceding
 
 
 def _count_columns(
-    gallery: "_Gallery",
-    block: torch.Tensor,
-    places: torch.Tensor,
-    real: torch.Tensor,
-    counted: torch.Tensor,
-    scratch: _Scratch,
+    gallery: "_Gallery", block: torch.Tensor, matches: _Matches, scratch: _Scratch
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Count as _count_block does, taking no two distances for equal; tell which queries (q,) have a tie."""
-    matches = block.gather(1, places).masked_fill_(~real, torch.inf)
-    nearer, tied = _count_nearer(block, matches, real, scratch)
-    nearest_match = matches.masked_fill(~counted, torch.inf).amin(1, keepdim=True)
+    own = block.gather(1, matches.places).masked_fill_(~matches.real, torch.inf)
+    nearer, tied = _count_nearer(block, own, matches.real, scratch)
+    first = own.masked_fill(~matches.counted, torch.inf).amin(1, keepdim=True)
     nearest = gallery.nearest(block, scratch) if gallery.in_turns else block
-    preceding = _count(torch.lt, nearest, nearest_match, scratch).long()
-    own = matches < nearest_match  # only ignored images of the query's own pid
-    return nearer, preceding - own.any(1).long(), tied
+    preceding = _count(torch.lt, nearest, first, scratch).long()
+    ignored = (own < first).any(1)  # an image of the query's own pid is nearer than its first match
+    return nearer, preceding - ignored.long(), tied
 
 
-def _precision(
-    nearer: torch.Tensor, real: torch.Tensor, counted: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return average precision and inverse negative penalty, (q,) float64; arguments as in _count_block."""
+def _precision(nearer: torch.Tensor, matches: _Matches) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return average precision and inverse negative penalty, (q,) float64, of matches with nearer (q, M)."""
+    real, counted = matches.real, matches.counted
     nearer, order = nearer.masked_fill(~real, torch.iinfo(nearer.dtype).max // 2).sort(dim=1)
     ignored, valid = (real & ~counted).gather(1, order), counted.gather(1, order)
     position = (nearer + 1 - ignored.cumsum(1)).double()  # in the ranking, from 1
