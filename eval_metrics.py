@@ -280,7 +280,7 @@ def _count_columns(
     nearer, tied = _count_nearer(block, own, matches.real, scratch)
     first = own.masked_fill(~matches.counted, torch.inf).amin(1, keepdim=True)
     nearest = gallery.nearest(block, scratch) if gallery.in_turns else block
-    preceding = _count(torch.lt, nearest, first, scratch).long()
+    preceding = _count(torch.lt, nearest, first, scratch.empty("compared", nearest, nearest.shape)).long()
     ignored = (own < first).any(1)  # an image of the query's own pid is nearer than its first match
     return nearer, preceding - ignored.long(), tied
 
@@ -306,21 +306,21 @@ def _count_nearer(
         nearer = torch.searchsorted(ordered, matches)
         equal = torch.searchsorted(ordered, matches, right=True) - nearer
     else:
-        columns = matches.split(1, dim=1)
-        nearer = torch.stack([_count(torch.lt, block, column, scratch) for column in columns], 1)
-        equal = torch.stack([_count(torch.eq, block, column, scratch) for column in columns], 1)
+        columns, out = matches.split(1, dim=1), scratch.empty("compared", block, block.shape)
+        nearer = torch.stack([_count(torch.lt, block, column, out) for column in columns], 1)
+        equal = torch.stack([_count(torch.eq, block, column, out) for column in columns], 1)
     return nearer.long(), (equal != real).any(1)
 
 
 def _count(
-    compare: Callable[..., torch.Tensor], block: torch.Tensor, column: torch.Tensor, scratch: _Scratch
+    compare: Callable[..., torch.Tensor], block: torch.Tensor, column: torch.Tensor, out: torch.Tensor
 ) -> torch.Tensor:
-    """Return (q,): how many columns of block (q, G) compare with column (q, 1).
+    """Return (q,): how many columns of block (q, G) compare with column (q, 1); overwrites out (q, G).
 
     Ones and zeros of the block's own dtype are compared and summed much faster on a CPU than booleans are;
     their sum is exact up to 2**24 gallery images.
     """
-    return compare(block, column, out=scratch.empty("compared", block, block.shape)).sum(1)
+    return compare(block, column, out=out).sum(1)
 
 
 def _ranks(block: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
