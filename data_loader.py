@@ -150,7 +150,7 @@ class TrainLoader:
                 f"--cache device: the images need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             )
         self.cache = cache
-        self._on_host = device.type == "cpu" and cache != "device"  # augmented from where the bytes lie
+        self._on_host = device.type == "cpu" and cache != "device"  # then bytes move ahead of time
         if cache == "device":
             self.images = {modality: self._to_device(part) for modality, part in images.items()}
         elif cache == "host":

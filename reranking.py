@@ -7,7 +7,7 @@ import scipy.sparse
 import torch
 
 PAIRS = 2**19  # pairs of sparse entries compared at a time: 25 MB of temporaries
-SYMMETRIC = 256  # images in a block of the (N, N) distances
+SYMMETRIC = 192  # images in a block of the (N, N) distances
 
 Array = np.ndarray | torch.Tensor
 
@@ -29,7 +29,7 @@ def k_reciprocal(
 
     Args:
         query_features, gallery_features: (Q, D) and (G, D), unit norm (half precision holds no large
-            distances); products run on their device, in float32.
+            distances); products run on their device, in float64.
         k1, k2: neighbourhood sizes, cut to the number of images where that is smaller.
         lambda_value: weight of the original distance, in [0, 1].
 
@@ -39,11 +39,12 @@ def k_reciprocal(
     Source: Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017.
     """
     num_query, num = len(query_features), len(query_features) + len(gallery_features)
-    distances = _squared_distances(  # of features rounded as the released code does
-        torch.cat([as_features(query_features).half(), as_features(gallery_features).half()]).float()
+    distances, halves = _distances(  # of features rounded as the released code does
+        torch.cat([as_features(query_features).half(), as_features(gallery_features).half()])
     )
     close_k = round(k1 / 2) + 1
-    nearest = _nearest_in_half_precision(distances, [min(k, num) for k in (k2, close_k, k1 + 1)])
+    nearest = _nearest_in_half_precision(halves, [min(k, num) for k in (k2, close_k, k1 + 1)])
+    del halves
     distances.div_(distances.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny))
 
     # Sets of images are the rows of sparse 0/1 matrices (N, N): a product counts common members.
@@ -86,35 +87,45 @@ def as_features(values: Array) -> torch.Tensor:
     return features
 
 
-def _squared_distances(features: torch.Tensor) -> torch.Tensor:
-    """Return (N, N) squared Euclidean distances of (N, D); the diagonal is 0."""
-    norms = features.square().sum(1)
-    distances = features.new_empty(len(features), len(features))
+def _distances(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (N, N) Euclidean distances of (N, D): squared, float32, and as they are, float16; diagonals 0.
+
+    Calculated in double precision and rounded once: by way of float32, a distance next to the middle of two
+    halves would at times become the other one, and which images are neighbours depends on it.
+    """
+    features = features.double()
+    norms = torch.linalg.vecdot(features, features)
+    squared = features.new_empty(len(features), len(features), dtype=torch.float32)
+    halves = torch.empty_like(squared, dtype=torch.float16)
     for block in torch.arange(len(features)).split(SYMMETRIC):  # each pair of blocks once
         here, rest = slice(int(block[0]), int(block[-1]) + 1), slice(int(block[0]), None)
-        with torch.autocast(features.device.type, enabled=False):
-            products = torch.addmm(norms[here], features[rest], features[here].T, alpha=-2)
+        products = torch.addmm(norms[here], features[rest], features[here].T, alpha=-2)
         products.add_(norms[rest, None]).clamp_(min=0)
-        distances[rest, here] = products
-        distances[here, rest] = products.T
-    return distances.fill_diagonal_(0)
+        single = products.float()
+        squared[rest, here], squared[here, rest] = single, single.T
+        rounded = products.sqrt_().cpu().numpy().astype(np.float16)  # torch would go by way of float32
+        rounded = torch.from_numpy(rounded).to(features.device)
+        halves[rest, here], halves[here, rest] = rounded, rounded.T
+    return squared.fill_diagonal_(0), halves.fill_diagonal_(0)
 
 
-def _nearest_in_half_precision(squared: torch.Tensor, sizes: list[int]) -> np.ndarray:
+def _nearest_in_half_precision(distances: torch.Tensor, sizes: list[int]) -> np.ndarray:
     """Return (N, max(sizes)) int64: the images nearest to each one, as the released code orders them.
+
+    distances: (N, N) float16, overwritten.
 
     It ranks distances in half precision, where many tie, by NumPy's unstable sort; its results depend on
     which of them fall within the sizes, so that is kept. Only sets of neighbours matter: where no tie crosses
     the border of one of the sizes any way of selecting gives the same, and sorting is kept for the other
     rows.
     """
-    most = min(max(sizes) + 1, len(squared))
-    borders = torch.tensor([s for s in sizes if s < most], dtype=torch.int64, device=squared.device)
+    most = min(max(sizes) + 1, len(distances))
+    borders = torch.tensor([s for s in sizes if s < most], dtype=torch.int64, device=distances.device)
     threads = torch.get_num_threads()
     found = []
     with ThreadPoolExecutor(threads) as pool:
-        for rows in squared.split(SYMMETRIC):
-            rounded = rows.sqrt().half().square_()
+        for rows in distances.split(SYMMETRIC):
+            rounded = rows.square_()
             rounded.div_(rounded.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float16).tiny))
             values, nearest = rounded.float().topk(most, dim=1, largest=False)
             tied = (values[:, borders - 1] == values[:, borders]).any(1).nonzero()[:, 0]

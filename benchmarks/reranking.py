@@ -29,10 +29,9 @@ def _row(name: str, num_query: int, num_gallery: int, device: str) -> dict:
     def ours():
         results["ours"] = k_reciprocal(*on_device).cpu().numpy()
 
-    seconds = compare(baseline, ours, repeats=1)
+    seconds = compare(baseline, ours, repeats=3)
     difference = np.abs(results["baseline"] - results["ours"])
-    # Both rank rounded distances: what lies on a border of rounding falls either way, moving a few entries.
-    assert np.quantile(difference, 0.99) < 5e-3, "re-ranking disagrees with the loop"
+    assert difference.max() < 5e-3, "re-ranking disagrees with the loop, which rounds to half precision"
     memory = [run_alone(prepare, loop, num_query, num_gallery)[1] / 1e6 for loop in (True, False)]
     return {
         "work": f"k-reciprocal re-ranking, {name}, {num_query:,} + {num_gallery:,}, D = {DIM:,}",

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.distance import cdist
 
 import reranking
 from benchmarks.baseline_evaluation import k_reciprocal_loop
@@ -23,6 +24,16 @@ def test_golden_k_reciprocal():
     assert ours.dtype == np.float32
     assert np.abs(ours - golden["k_reciprocal"]).max() < 5e-3
     assert np.abs(k_reciprocal_loop(*features) - golden["k_reciprocal"]).max() < 5e-3
+
+
+def test_distances_are_rounded_to_half_precision_once():
+    rng = np.random.default_rng(13)
+    features = torch.from_numpy(unit(rng, 700, 64)).half()
+    squared, halves = reranking._distances(features)
+    exact = cdist(features.numpy(), features.numpy())
+    np.testing.assert_array_equal(halves, exact.astype(np.float16))
+    np.testing.assert_allclose(squared, exact**2, rtol=1e-6, atol=1e-12)
+    assert (exact.astype(np.float32).astype(np.float16) != exact.astype(np.float16)).any()  # twice differs
 
 
 @pytest.mark.parametrize(("k1", "k2", "lambda_value"), [(20, 6, 0.3), (7, 1, 0.0), (5, 9, 1.0), (1, 1, 0.5)])
@@ -58,9 +69,7 @@ def test_k_reciprocal_in_small_steps(monkeypatch):
     expected = k_reciprocal(*features)
     monkeypatch.setattr(reranking, "PAIRS", 1)
     np.testing.assert_array_equal(k_reciprocal(*features), expected)
-    monkeypatch.setattr(
-        reranking, "SYMMETRIC", 7
-    )  # blocks of rows; products of another height round otherwise
+    monkeypatch.setattr(reranking, "SYMMETRIC", 7)  # products of another height may round otherwise
     np.testing.assert_allclose(k_reciprocal(*features), expected, rtol=0, atol=1e-6)
 
 
