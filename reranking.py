@@ -112,12 +112,10 @@ def _distances(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _nearest_in_half_precision(distances: torch.Tensor, sizes: list[int]) -> np.ndarray:
     """Return (N, max(sizes)) int64: the images nearest to each one, as the released code orders them.
 
-    distances: (N, N) float16, overwritten.
-
     It ranks distances in half precision, where many tie, by NumPy's unstable sort; its results depend on
     which of them fall within the sizes, so that is kept. Only sets of neighbours matter: where no tie crosses
     the border of one of the sizes any way of selecting gives the same, and sorting is kept for the other
-    rows.
+    rows. distances: (N, N) float16, overwritten.
     """
     most = min(max(sizes) + 1, len(distances))
     borders = torch.tensor([s for s in sizes if s < most], dtype=torch.int64, device=distances.device)
