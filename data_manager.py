@@ -610,4 +610,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, get_args_parser().parse_args())
+    run_script(main, get_args_parser().parse_args)

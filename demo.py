@@ -7,6 +7,7 @@ It runs the real scripts and prints each command first.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -47,10 +48,12 @@ def get_args_parser() -> Parser:
 
 
 def run(script: str, *words: object) -> None:
-    """Print the command of a script, then run it; UserError if it fails."""
-    command = ["python", script, *map(str, words)]
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    status = subprocess.run([sys.executable, HERE / script, *command[2:]], check=False).returncode
+    """Print the command of a script or a package, then run it; UserError if it fails."""
+    words = list(map(str, words))
+    print(f"\n$ {shlex.join(['python', *script.split(), *words])}", flush=True)
+    script_words = [HERE / script] if script.endswith(".py") else script.split()
+    environment = os.environ | {"PYTHONPATH": str(HERE)}  # python -m finds the package from any folder
+    status = subprocess.run([sys.executable, *script_words, *words], env=environment, check=False).returncode
     if status:
         raise UserError(f"{script} ended with status {status}, see above")
 
@@ -75,7 +78,7 @@ def main(args: object) -> None:
         print(f"{data} is there already and is used again; remove {out} to begin anew")
     else:
         people = ("--identities", IDENTITIES, "--test-identities", TEST_IDENTITIES, "--images", IMAGES)
-        run("synthetic.py", "--dataset", "sysu", "--data-path", data, *people, "--seed", args.seed)
+        run("-m synthetic", "--dataset", "sysu", "--data-path", data, *people, "--seed", args.seed)
     run("pre_process_sysu.py", "--data-path", data, *SIZE, "--workers", args.workers)
     machine = (
         "--gpu", args.gpu, "--amp", args.amp, "--workers", args.workers, "--test-batch", args.test_batch,
@@ -115,4 +118,4 @@ def main(args: object) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, get_args_parser().parse_args())
+    run_script(main, get_args_parser().parse_args)

@@ -166,6 +166,15 @@ def checked_settings(saved: dict[str, object], path: str | os.PathLike) -> dict[
     return saved
 
 
+def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
+    """The settings that a checkpoint was trained with, {dest: value}; none for the released code's.
+
+    Raises UserError naming path for a setting that no command line can give.
+    """
+    settings = checkpoint.get("args")
+    return checked_settings(settings, path) if isinstance(settings, dict) else {}
+
+
 def trials_of(args: argparse.Namespace) -> list[int]:
     """The trials that --trial asks for; datasets other than RegDB have one training split."""
     valid = list(DATASETS[args.dataset].trials)

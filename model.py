@@ -197,7 +197,11 @@ def from_checkpoint(path: str | os.PathLike) -> TwoStreamResNet:
     shared stem; its class memories, if it holds any, are left out). Raises UserError naming path if it is
     missing, not a checkpoint, or of other shapes.
     """
-    checkpoint = load_checkpoint(path)
+    return build_model(load_checkpoint(path), path)
+
+
+def build_model(checkpoint: dict, path: str | os.PathLike) -> TwoStreamResNet:
+    """The network of a checkpoint that was read already; path is for messages. See from_checkpoint."""
     state = {key.removeprefix("module."): value for key, value in checkpoint["net"].items()}
     if any(key.startswith("backbone.") for key in state):
         arch, stem = "resnet50", "shared"

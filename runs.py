@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import PIL
@@ -228,12 +227,3 @@ def environment() -> list[str]:
         f"command: {shlex.join(['python', *sys.argv])}",
         f"versions: {', '.join(map(' '.join, versions().items()))}; source {revision}",
     ]
-
-
-def log_to_terminal(quiet: bool = False, stream: TextIO | None = None) -> None:
-    """Send the log's lines to stream (standard output), as they are; quiet: only the warnings."""
-    handler = logging.StreamHandler(stream or sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers[:] = [handler]
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
-    log.propagate = False

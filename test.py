@@ -10,7 +10,6 @@ The table goes to standard output, everything else to standard error.
 import argparse
 import contextlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -26,13 +25,13 @@ from data_manager import DATASETS, Samples
 from devices import Processes, autocast_dtype, select_device
 from eval_metrics import Metrics, summarize, top_k
 from evaluation import Evaluation, Features, Protocol
-from exports import mat_file, save_features, save_mat
-from flags import checked_settings
+from flags import saved_settings
 from model import from_checkpoint
-from runs import log_to_terminal, versions
-from tables import STYLES, results_table
-from utils import Parser, UserError, data_flags, device_flags, log, run_script, whole_file
-from visualize import ranked_results
+from results.exports import mat_file, save_features, save_mat
+from results.figures import ranked_results
+from results.tables import STYLES, results_table
+from runs import versions
+from utils import Parser, UserError, data_flags, device_flags, log, log_to_terminal, run_script, whole_file
 
 TRIAL_IN_NAME = re.compile(r"_trial_\d+(?=_)")
 FACTS = ("epoch", "selection", "protocol", "best", "data", "args")  # what a checkpoint says of itself
@@ -78,12 +77,6 @@ def get_args_parser() -> Parser:
     )
     outputs.add_argument("--figure", metavar="FILE.png", help="queries with the ten images ranked first")
     return parser
-
-
-def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
-    """The settings a checkpoint was trained with; none for the released code's."""
-    settings = checkpoint.get("args")
-    return checked_settings(settings, path) if isinstance(settings, dict) else {}
 
 
 def find_checkpoints(args: argparse.Namespace) -> dict[int | None, Path]:
@@ -340,4 +333,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, get_args_parser().parse_args())
+    run_script(main, get_args_parser().parse_args)

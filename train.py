@@ -28,9 +28,9 @@ from eval_metrics import Metrics
 from flags import checked_settings, parse_training_args, trials_of
 from loss import WEIGHTS, mce_loss
 from model import extract_features
-from runs import Run, environment, existing, log_to_terminal, open_run
+from runs import Run, environment, existing, open_run
 from training import SELECTION, Training
-from utils import MODALITIES, Stopped, UserError, log, run_script, stop_signals
+from utils import MODALITIES, Stopped, UserError, log, log_to_terminal, run_script, stop_signals
 
 Batches = Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]
 
@@ -319,4 +319,4 @@ def main(args: argparse.Namespace) -> int | None:
 
 
 if __name__ == "__main__":
-    run_script(main, parse_training_args())
+    run_script(main, parse_training_args)

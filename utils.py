@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 log = logging.getLogger("mce")
 
@@ -23,14 +24,16 @@ class UserError(Exception):
     """Bad input: one line that names the file or the flag; a script prints it and exits with status 2."""
 
 
-def run_script(main: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> None:
-    """Run main(args), then exit: 0 or what it returned; 2 after a UserError, in one line; 130 at Ctrl-C.
+def run_script(
+    main: Callable[[argparse.Namespace], int | None], get_args: Callable[[], argparse.Namespace]
+) -> None:
+    """Run main(get_args()), then exit: 0 or what it returned; 2 after a UserError's line; 130 at Ctrl-C.
 
     SIGTERM ends it with 143, but after what was begun, such as a file half-written, has been cleared away.
     """
     former = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     try:
-        sys.exit(main(args))
+        sys.exit(main(get_args()))
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -38,6 +41,15 @@ def run_script(main: Callable[[argparse.Namespace], int | None], args: argparse.
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+def log_to_terminal(quiet: bool = False, stream: TextIO | None = None) -> None:
+    """Send the log's lines to stream (standard output), as they are; quiet: only the warnings."""
+    handler = logging.StreamHandler(stream or sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.propagate = False
 
 
 @contextlib.contextmanager
@@ -135,8 +147,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:
-        """Print one line and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        """Raise UserError, which run_script prints in one line."""
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def at_least(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:

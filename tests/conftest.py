@@ -19,12 +19,17 @@ from utils import run_script as run_main
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, and long where cores are shared
 REPOSITORY = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}  # tests run side by side: one thread each
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # tests run side by side: one thread each
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONPATH": str(REPOSITORY),  # for python -m
+}
 
 
 def command(script, *args):
-    """The words of `python SCRIPT ARGS` for a script of the repository."""
-    return [sys.executable, str(REPOSITORY / script), *map(str, args)]
+    """The words of `python SCRIPT ARGS` for a script of the repository, or of `python -m PACKAGE ARGS`."""
+    words = [str(REPOSITORY / script)] if script.endswith(".py") else ["-m", script]
+    return [sys.executable, *words, *map(str, args)]
 
 
 def run_script(script, *args, cwd, env=None, timeout=300):
@@ -84,7 +89,7 @@ def train_here(tmp_path, monkeypatch, capsys):
         argv = list(map(str, args))
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with pytest.raises(SystemExit) as exit_:
-            run_main(train.main, parse_training_args(argv))
+            run_main(train.main, lambda: parse_training_args(argv))
         captured = capsys.readouterr()
         return exit_.value.code or 0, captured.out, captured.err.strip().splitlines()
 

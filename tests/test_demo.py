@@ -27,8 +27,8 @@ def test_the_demo(tiny, tmp_path, capfd):
     )
     demo.main(args)
     out = capfd.readouterr().out
-    scripts = re.findall(r"^\$ python (\w+\.py)", out, re.MULTILINE)
-    assert scripts == ["synthetic.py", "pre_process_sysu.py", *["train.py"] * 2, *["test.py"] * 2]
+    scripts = re.findall(r"^\$ python (\S+\.py|-m \w+)", out, re.MULTILINE)
+    assert scripts == ["-m synthetic", "pre_process_sysu.py", *["train.py"] * 2, *["test.py"] * 2]
     assert "\n4 identities never seen in training" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.count(".") == 4}
     folder = tmp_path / "seed3"
@@ -47,7 +47,7 @@ def test_a_second_demo_draws_only_for_another_seed(tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(demo, "run", stop)
     (tmp_path / "seed3" / "sysu").mkdir(parents=True)
-    for seed, first in ((3, "pre_process_sysu.py"), (4, "synthetic.py")):
+    for seed, first in ((3, "pre_process_sysu.py"), (4, "-m synthetic")):
         args = demo.get_args_parser().parse_args(["--output", str(tmp_path), "--seed", str(seed)])
         with pytest.raises(UserError, match=first):
             demo.main(args)

@@ -1,4 +1,4 @@
-"""The layers: scripts know library files, library files know only the bottom, and none knows a script."""
+"""The house: commands know library files, a library file knows only what stands before it, none a command."""
 
 import ast
 import subprocess
@@ -8,75 +8,61 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BOTTOM = {
-    "utils": set(),
-    "devices": {"utils"},
-    "checkpoints": {"utils"},
-    "images": {"utils"},
-    "augmentation": set(),
-    "reranking": set(),
-    "people": set(),
-}  # file -> what of ours it may import
-LIBRARY = {
-    "data_manager",
-    "data_loader",
-    "model",
-    "memory",
-    "loss",
-    "eval_metrics",
-    "visualize",
-    "runs",
-    "tables",
-    "exports",
-}
-# What scripts share, wiring library files together, with what of each other they may import:
-BETWEEN = {"evaluation": set(), "flags": set(), "training": {"evaluation"}}
-SCRIPTS = {"train", "test", "pre_process_sysu", "synthetic", "demo"}
+LIBRARY = (  # each may import those before it
+    "utils", "devices", "checkpoints", "images", "augmentation", "data_manager", "data_loader", "memory",
+    "loss", "model", "reranking", "eval_metrics", "evaluation", "flags", "runs", "training",
+    "synthetic.people", "synthetic", "results",
+)  # fmt: skip
+COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}
 WITHOUT_TORCH = ("utils", "images", "data_manager", "synthetic")
 
-FILES = {path.stem: path for path in ROOT.glob("*.py")}
-PLACED = BOTTOM.keys() | LIBRARY | BETWEEN.keys() | SCRIPTS
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for pattern in ("*.py", "synthetic/*.py", "results/*.py", "tools/*.py")
+    for path in ROOT.glob(pattern)
+}
+
+
+def place(file):
+    """The entry of LIBRARY or COMMANDS that a file belongs to, its own or its package's; None: not ours."""
+    names = (file, file.split(".")[0])
+    return next((name for name in names if name in COMMANDS or name in LIBRARY), None)
 
 
 def imports(path):
-    """What of the project's own a file imports, wherever in it: {(file, name or None)}."""
-    found = set()
+    """The modules that a file imports, wherever in it; `from a import b` counts as a.b where that exists."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {(alias.name.split(".")[0], None) for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: a relative import"
-            found |= {(node.module.split(".")[0], alias.name) for alias in node.names}
-    return {(file, name) for file, name in found if file in PLACED}
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in FILES else node.module
 
 
-def allowed(file):
-    """What of the project's own a file may import."""
-    if file in BOTTOM:
-        return BOTTOM[file]
-    if file in LIBRARY:
-        return set(BOTTOM)
-    return BOTTOM.keys() | LIBRARY | (BETWEEN.keys() if file in SCRIPTS else BETWEEN[file])
-
-
-def test_every_file_is_in_one_layer():
-    assert FILES.keys() == PLACED
-    assert sum(map(len, (BOTTOM, LIBRARY, BETWEEN, SCRIPTS))) == len(PLACED)
+def test_every_file_has_its_place():
+    assert {file for file in FILES if place(file) is None} == set()
 
 
 @pytest.mark.parametrize("file", sorted(FILES))
 def test_a_file_imports_only_what_is_below_it(file):
-    assert not {other for other, _ in imports(FILES[file])} - allowed(file)
+    own = place(file)
+    for imported in imports(FILES[file]):
+        other = place(imported)
+        if other is None or other == own:
+            continue
+        assert other not in COMMANDS, f"{file} imports the command {imported}"
+        assert own in COMMANDS or LIBRARY.index(other) < LIBRARY.index(own), f"{file} imports {imported}"
 
 
 def test_an_import_is_found_wherever_it_hides(tmp_path):
     path = tmp_path / "example.py"
     path.write_text(
-        "import os, loss\n"
-        "from model import TwoStreamResNet as Net\n"
-        "def f():\n    import train\n    from test import main\n"
+        "import os, loss\nfrom model import TwoStreamResNet as Net\n"
+        "def f():\n    import train\n    from results import tables\n"
     )
-    assert imports(path) == {("loss", None), ("model", "TwoStreamResNet"), ("train", None), ("test", "main")}
+    assert sorted(imports(path)) == ["loss", "model", "os", "results.tables", "train"]
 
 
 @pytest.mark.parametrize("file", WITHOUT_TORCH)

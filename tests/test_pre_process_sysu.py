@@ -46,7 +46,7 @@ def run_here(capsys):
 
     def run_here(*arguments):
         with pytest.raises(SystemExit) as exit_:
-            run_script(main, get_args_parser().parse_args(list(map(str, arguments))))
+            run_script(main, lambda: get_args_parser().parse_args(list(map(str, arguments))))
         return exit_.value.code or 0, capsys.readouterr().err
 
     return run_here

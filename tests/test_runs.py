@@ -15,12 +15,11 @@ from runs import (
     STATE_OF_TRAINING,
     Run,
     environment,
-    log_to_terminal,
     open_run,
     run_name,
     versions,
 )
-from utils import UserError, log
+from utils import UserError, log, log_to_terminal
 
 NET = {"w": torch.zeros(3)}
 # A value of each flag that is not its default.

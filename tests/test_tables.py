@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from eval_metrics import Metrics
-from tables import results_table
+from results.tables import results_table
 
 ROWS = [
     ("all, single-shot", Metrics(np.linspace(0.125, 1, 20), 0.72009, 0.5)),

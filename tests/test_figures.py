@@ -1,4 +1,4 @@
-"""visualize.py: right and wrong images are framed as such, and what cannot be drawn is told."""
+"""results/figures.py: right and wrong images are framed as such, and what cannot be drawn is told."""
 
 import os
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from results.figures import ranked_results
 from utils import UserError
-from visualize import ranked_results
 
 HEIGHT, WIDTH = 24, 10
 GREEN, RED, GREY = (0x2E, 0x9E, 0x4F), (0xD2, 0x37, 0x2C), (0x5B, 0x64, 0x70)

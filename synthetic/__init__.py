@@ -1,12 +1,9 @@
-"""Draw a synthetic visible-infrared re-identification dataset as image files.
-
-    python synthetic.py --dataset sysu --data-path data/sysu-synthetic --contact-sheet people.png
+"""Synthetic visible-infrared re-identification datasets as image files; `python -m synthetic` draws one.
 
 The folder has the exact layout of SYSU-MM01, RegDB or LLCM (docs/method.md, section 8), so that every script
 of this project reads it as it would the real one. people.py draws the images.
 """
 
-import argparse
 import io
 import multiprocessing
 import os
@@ -22,8 +19,8 @@ import scipy.io
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from people import MOMENT, SPLIT, make_camera, make_identity, render
-from utils import Parser, UserError, at_least, run_script, seed_number, whole_file
+from synthetic.people import MOMENT, SPLIT, make_camera, make_identity, render
+from utils import UserError, whole_file
 
 # Defaults per dataset: training identities, test identities, images per identity and camera.
 SIZES = {"sysu": (100, 40, 5), "regdb": (50, 50, 10), "llcm": (60, 30, 3)}
@@ -191,7 +188,7 @@ def _mat_bytes(permutations: np.ndarray) -> bytes:
     """rand_perm_cam.mat, with a fixed text where SciPy's header has the time: same seed, same bytes."""
     buffer = io.BytesIO()
     scipy.io.savemat(buffer, {"rand_perm_cam": permutations})
-    return b"MATLAB 5.0 MAT-file, drawn by synthetic.py".ljust(116) + buffer.getvalue()[116:]
+    return b"MATLAB 5.0 MAT-file, drawn by synthetic".ljust(116) + buffer.getvalue()[116:]
 
 
 def _draw_all(plan: Plan, root: Path, seed: int, height: int, width: int, workers: int) -> None:
@@ -235,57 +232,3 @@ def contact_sheet(plan: Plan, root: str | os.PathLike, path: str | os.PathLike, 
                     sheet.paste(image, (left + i * (width + gap), top + j * (height + gap)))
     with whole_file(path) as temporary:
         sheet.save(temporary, format="PNG")
-
-
-def get_args_parser() -> Parser:
-    """The command line of this script."""
-    parser = Parser(
-        description="Draw a synthetic dataset of people in the layout of SYSU-MM01, RegDB or LLCM."
-    )
-    train, test, images = (
-        ", ".join(f"{name} {size}" for name, size in zip(SIZES, column, strict=True))
-        for column in zip(*SIZES.values(), strict=True)
-    )
-    some, one = at_least(2), at_least(1)
-    add = parser.add_argument
-    add("--dataset", choices=SIZES, required=True, help="whose layout to draw")
-    add("--data-path", required=True, metavar="DIR", help="folder to draw into: new or empty")
-    add("--identities", type=some, metavar="N", help=f"training identities ({train})")
-    add("--test-identities", type=some, metavar="N", help=f"test identities ({test})")
-    add("--images", type=one, metavar="N", help=f"images of an identity by a camera ({images})")
-    add("--img-h", type=at_least(16), default=160, metavar="PIXELS", help="their height (160)")
-    add("--img-w", type=at_least(8), default=64, metavar="PIXELS", help="their width (64)")
-    add("--seed", type=seed_number, default=0, metavar="N", help="same seed, same bytes (0)")
-    add(
-        "--workers",
-        type=at_least(0),
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes (one per core)",
-    )
-    add(
-        "--contact-sheet",
-        metavar="FILE.png",
-        help="also write a picture of some identities",
-    )
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    """Draw the dataset that the command line asks for, and say what was drawn."""
-    given = (args.identities, args.test_identities, args.images)
-    sizes = [
-        default if value is None else value for value, default in zip(given, SIZES[args.dataset], strict=True)
-    ]
-    plan = PLANS[args.dataset](*sizes, args.seed)
-    draw_dataset(plan, args.data_path, args.seed, args.img_h, args.img_w, args.workers)
-    print(
-        f"{args.data_path}: {len(plan.photos)} images of {sizes[0]} training and {sizes[1]} test identities"
-    )
-    if args.contact_sheet:
-        contact_sheet(plan, args.data_path, args.contact_sheet)
-        print(f"{args.contact_sheet}: a contact sheet")
-
-
-if __name__ == "__main__":
-    run_script(main, get_args_parser().parse_args())

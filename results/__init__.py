@@ -1,0 +1,1 @@
+"""What is made of an evaluation: tables, exports, figures."""

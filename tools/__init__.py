@@ -1,0 +1,1 @@
+"""Commands that the paper does not have: `python -m tools.NAME --help`."""
