@@ -1,7 +1,7 @@
 """Augmentation of batches of uint8 images on their device, each image with its own draws.
 
-docs/method.md, section 3 (Cheng et al., AAAI 2023). The draws are made on the CPU for every device, so that a
-CPU and a GPU augment alike.
+docs/method.md, section 3 (Cheng et al., AAAI 2023). Chance is drawn on the CPU whatever the device, so that
+a CPU and a GPU augment alike.
 """
 
 from dataclasses import dataclass
@@ -38,10 +38,18 @@ class Draws:
 def draw_augmentation(
     rng: np.random.Generator, n: int, height: int, width: int, modality: str, recipe: str, pad: int = PAD
 ) -> Draws:
-    """Draw the augmentation of n images by a recipe, "sysu" or "regdb".
+    """Draw the augmentation of n images of one modality.
 
     RegDB flips some images before padding them and others after cropping. Both are the same: flipping first
     turns the crop's column c into 2 pad - c, and both are uniform. So a drawn flip always follows the crop.
+
+    Args:
+        rng: the generator, which the draws advance.
+        n: number of images.
+        height, width: of the images, in pixels.
+        modality: "visible", "infrared" or "aux".
+        recipe: "sysu" or "regdb", a column of docs/method.md, section 3.
+        pad: border that the crop reaches into, in pixels on each side.
     """
     channel = np.full(n, -1)
     grey = np.zeros(n, dtype=bool)
@@ -102,9 +110,9 @@ def _constants(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Augment images (n, H, W, 3) uint8 into (n, 3, H, W) float32, channels_last, on the same device.
 
-    A few kernels for the whole batch, as a GPU wants it; on a CPU finish(crop(…)) gives the same sooner.
-    Works on rows of bytes, (H, W * 3): one gather pads, crops, flips and exchanges channels; then one
-    multiplication and addition normalises and erases: an erased pixel has the scale 0 and the fill as bias.
+    Works on rows of bytes, (H, W * 3), in a few kernels for the whole batch: one gather pads, crops, flips
+    and exchanges channels; then one multiplication and addition normalises and erases, since an erased pixel
+    has the scale 0 and the fill as bias. Source: docs/method.md, section 3.
     """
     n, height, width, _ = images.shape
     device = images.device
@@ -135,53 +143,6 @@ def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     return _mix_grey(out.view(n, height, width, 3), draws).permute(0, 3, 1, 2)
 
 
-def crop(images: np.ndarray, rows: np.ndarray, draws: Draws) -> np.ndarray:
-    """Pad, crop and flip the images at rows (n,), and exchange their channels: the bytes' part of augment.
-
-    images: (N, H, W, 3) uint8; of a memory map nothing but those rows is read. Returns (n, H, W, 3) uint8.
-    """
-    height, width = images.shape[1:3]
-    crops = np.full((len(rows), height, width, 3), draws.pad_value, dtype=np.uint8)
-    for k, row in enumerate(rows):
-        crop_rows, image_rows = _overlap(draws.top[k] - draws.pad, height)
-        crop_columns, image_columns = _overlap(draws.left[k] - draws.pad, width)
-        out = crops[k, :, ::-1] if draws.flip[k] else crops[k]
-        out, image = out[crop_rows, crop_columns], images[row][image_rows, image_columns]
-        channel = draws.channel[k]
-        if channel < 0 and not draws.flip[k]:
-            out[...] = image
-            continue
-        image = np.ascontiguousarray(image if channel < 0 else image[..., channel, None])
-        for part in range(3):  # one by one, since NumPy is slow along an axis of 3
-            out[..., part] = image[..., part if channel < 0 else 0]
-    return crops
-
-
-def finish(crops: np.ndarray, draws: Draws) -> torch.Tensor:
-    """Normalise what crop returned, erase, and mix channels: the floats' part of augment."""
-    n, height, width, _ = crops.shape
-    constants = torch.from_numpy(_constants(draws.channel)[1].astype(np.float32)).repeat(1, 1, width)
-    scale, bias, fill = constants.unbind(1)  # each (n, W * 3)
-    out = torch.empty(n, height, width * 3)
-    pixels = torch.empty(height, width * 3)  # of one image, in a core's cache
-    parts = (torch.from_numpy(crops).view(out.shape), bias, scale, out)
-    for image, image_bias, image_scale, result in zip(*parts, strict=True):
-        torch.addcmul(image_bias, pixels.copy_(image), image_scale, out=result)
-    values, fill = out.numpy(), fill.numpy()
-    for k in np.flatnonzero(draws.erase[:, 1]):
-        top, bottom, left, right = draws.erase[k]
-        columns = slice(3 * left, 3 * right)
-        values[k, top:bottom, columns] = fill[k, columns]
-    return _mix_grey(out.view(n, height, width, 3), draws).permute(0, 3, 1, 2)
-
-
-def _overlap(shift: int, size: int) -> tuple[slice, slice]:
-    """Where a crop that starts at shift, of the image's size, meets the image: in the crop, in the image."""
-    meets = max(size - abs(shift), 0)
-    crop, image = max(-shift, 0), max(shift, 0)
-    return slice(crop, crop + meets), slice(image, image + meets)
-
-
 def _mix_grey(out: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Mix the channels of those images of out (n, H, W, 3) that are drawn to be grey, in place."""
     if draws.grey.any():
@@ -196,7 +157,9 @@ def _mix_grey(out: torch.Tensor, draws: Draws) -> torch.Tensor:
 def normalize(images: torch.Tensor, channel: np.ndarray | None = None) -> torch.Tensor:
     """Normalise images (n, H, W, 3) uint8 into (n, 3, H, W) float32, channels_last, on the same device.
 
-    channel: (n,) the channel that all channels of an image become, as aux images have it.
+    Args:
+        images: uint8 RGB.
+        channel: (n,) the channel that all channels of an image become, as aux images have it; None: none.
     """
     n, height, width, _ = images.shape
     source, constants = _constants(np.array([-1]) if channel is None else channel)

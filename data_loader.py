@@ -13,14 +13,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from augmentation import PAD, Draws, augment, crop, draw_augmentation, finish, normalize, pinned
+from augmentation import PAD, augment, draw_augmentation, normalize, pinned
 from images import decode
 from utils import MODALITIES, UserError
 
 READ_AHEAD = 2  # batches
 
 _PURPOSES = ("identities", "images", "augmentation", "memory")
-_STORED = {"visible": "visible", "infrared": "infrared", "aux": "visible"}  # whose pixels a modality has
 
 Item = TypeVar("Item")
 
@@ -31,12 +30,17 @@ def generator(seed: int, epoch: int, purpose: str, process: int = 0) -> np.rando
 
 
 class IdentityBatches:
-    """Which images make up each step of an epoch (docs/method.md, section 2).
+    """Which images make up each step of an epoch (docs/method.md, section 2); len() is the number of steps.
 
-    labels: {"visible": (N,), "infrared": (M,)}, 0..C-1, or -1 of an image that is left out. A step of a
-    process has batch_size identities, and num_pos images of each and of each modality. len() is the number of
-    steps of an epoch.
-    UserError: the processes together ask for more identities than there are.
+    Args:
+        labels: {"visible": (N,), "infrared": (M,)} int64, 0..C-1; -1: an image that is left out.
+        batch_size: identities of a step, in each process.
+        num_pos: images of each identity and modality.
+        seed: of the draws.
+        rank, world_size: this process and the number of processes; in one step no two share an identity.
+
+    Raises:
+        UserError: the processes together ask for more identities than there are.
     """
 
     def __init__(
@@ -56,11 +60,14 @@ class IdentityBatches:
             raise UserError(
                 f"--batch-size {batch_size}{processes}: there are only {self.classes} training identities"
             )
-        trained = {modality: np.flatnonzero(part >= 0) for modality, part in labels.items()}
-        self._rows = {k: rows[labels[k][rows].argsort(kind="stable")] for k, rows in trained.items()}
-        self._counts = {k: np.bincount(labels[k][rows]) for k, rows in trained.items()}
-        self._first = {modality: counts.cumsum() - counts for modality, counts in self._counts.items()}
-        most = max(map(len, trained.values()))
+        # Rows sorted by label: those of label y are rows[first[y] : first[y] + counts[y]].
+        self._rows, self._first, self._counts = {}, {}, {}
+        for modality, own in labels.items():
+            rows = np.flatnonzero(own >= 0)
+            self._rows[modality] = rows[own[rows].argsort(kind="stable")]
+            self._counts[modality] = np.bincount(own[rows])
+            self._first[modality] = self._counts[modality].cumsum() - self._counts[modality]
+        most = max(map(len, self._rows.values()))
         self._steps = most // (batch_size * num_pos * world_size) + 1
 
     def __len__(self) -> int:
@@ -70,7 +77,7 @@ class IdentityBatches:
         """Yield (labels, rows of visible images, rows of infrared images), each (n,), for every step.
 
         The k-th visible and the k-th infrared image have the k-th label. A function of seed, epoch and
-        process alone; in one step no two processes have an identity in common.
+        process alone.
         """
         identities = generator(self.seed, epoch, "identities")  # common to all processes
         images = generator(self.seed, epoch, "images", self.rank)
@@ -87,18 +94,15 @@ class IdentityBatches:
 
 
 def read_ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
-    """Yield items, a generator's, that a thread of its own makes READ_AHEAD ahead of the consumer.
+    """Yield the items of a generator, made READ_AHEAD ahead of the consumer by a thread.
 
     The thread ends with the items or when the consumer closes; what it raises is raised here.
     """
     end = object()
-    gpu = device.index
-    if device.type == "cuda" and gpu is None:
-        gpu = torch.cuda.current_device()
 
     def start() -> None:
-        if gpu is not None:  # else pinning memory would put a context on GPU 0, asked for or not
-            torch.cuda.set_device(gpu)
+        if device.type == "cuda":  # else pinning memory would create a context on GPU 0
+            torch.cuda.set_device(device)
 
     pool = ThreadPoolExecutor(1, "read-ahead", start)
     try:
@@ -112,15 +116,22 @@ def read_ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
 
 
 class TrainLoader:
-    """The batches of training and of the memory's reset, on the device.
+    """The batches of training and of the memory's reset, on the training device.
 
-    images: {"visible": (N, H, W, 3) uint8, "infrared": …}; labels: {modality: (N,)}.
-    recipe: the augmentation, "sysu" or "regdb"; pad: its border, in pixels.
-    cache says where the pixels live: "device"; "host", this process's memory; "disk", left memory-mapped, so
-    that many processes share them; "auto": the device if it is a GPU and they fit in a third of its free
-    memory, else the disk. What was chosen is in .cache. A batch is augmented on the device, in a few kernels;
-    but from a CPU's "host" and "disk" image by image, as its caches like it, with the same result.
-    UserError: --cache device without the memory for it.
+    Args:
+        images: {"visible": (N, H, W, 3) uint8, "infrared": (M, H, W, 3) uint8}.
+        labels: {modality: (N,) int64}; -1: an image that is left out.
+        batches: which images make up each step.
+        recipe: the augmentation, "sysu" or "regdb".
+        device: where batches are augmented and yielded.
+        seed: of augmentation and of the memory's channels.
+        cache: where the pixels live: "device"; "host", this process's memory; "disk", memory-mapped, so that
+            several processes share them; "auto": the device if it is a GPU and they fit in a third of its
+            free memory, else the disk. The choice is in .cache.
+        pad: border of the random crop, in pixels.
+
+    Raises:
+        UserError: --cache device without enough memory.
     """
 
     def __init__(
@@ -137,23 +148,11 @@ class TrainLoader:
         self.labels, self.batches, self.recipe, self.device, self.seed = labels, batches, recipe, device, seed
         self.height, self.width = images["visible"].shape[1:3]
         self.pad = pad
-        self.wait_seconds = 0.0  # how long the consumer waited for input in the last epoch
-        size = sum(part.nbytes for part in images.values())
-        free = None
-        if device.type == "cuda":  # torch's own reserve counts: a former run of --trial all may have left it
-            reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + reserve
-        if cache == "auto":
-            cache = "device" if free is not None and size <= free / 3 else "disk"
-        if cache == "device" and free is not None and size > free:
-            raise UserError(
-                f"--cache device: the images need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-            )
-        self.cache = cache
-        self._on_host = device.type == "cpu" and cache != "device"  # then bytes move ahead of time
-        if cache == "device":
-            self.images = {modality: self._to_device(part) for modality, part in images.items()}
-        elif cache == "host":
+        self.wait_seconds = 0.0  # how long the last epoch's consumer waited for input
+        self.cache = choose_cache(cache, sum(part.nbytes for part in images.values()), device)
+        if self.cache == "device":
+            self.images = {modality: copy_to_device(part, device) for modality, part in images.items()}
+        elif self.cache == "host":
             self.images = {modality: np.array(part) for modality, part in images.items()}
         else:
             self.images = images
@@ -164,75 +163,56 @@ class TrainLoader:
         The aux images are the visible ones with an augmentation of their own. A function of seed, epoch and
         process alone: the same with every cache, and on every device up to rounding.
         """
-
-        def steps():
-            rng = generator(self.seed, epoch, "augmentation", self.batches.rank)
-            for labels, visible, infrared in self.batches.epoch(epoch):
-                draws = {
-                    modality: draw_augmentation(
-                        rng, len(labels), self.height, self.width, modality, self.recipe, self.pad
-                    )
-                    for modality in MODALITIES
-                }
-                pixels = self._prepare(visible, infrared, draws)
-                yield pinned(labels, self.device), pixels, draws
-
-        def batches():
-            with contextlib.closing(read_ahead(steps(), self.device)) as items:
-                for labels, pixels, draws in items:
-                    yield self._augment(pixels, draws), labels.to(self.device, non_blocking=True)
-
-        yield from self._timed(batches())
+        rng = generator(self.seed, epoch, "augmentation", self.batches.rank)
+        size = self.height, self.width
+        self.wait_seconds = 0.0
+        start = time.perf_counter()
+        with contextlib.closing(read_ahead(self._steps(epoch), self.device)) as steps:
+            for labels, visible, infrared in steps:
+                self.wait_seconds += time.perf_counter() - start
+                visible, infrared = self._place("visible", visible), self._place("infrared", infrared)
+                pixels = {"visible": visible, "infrared": infrared, "aux": visible}
+                images = {}
+                for modality in MODALITIES:
+                    draws = draw_augmentation(rng, len(labels), *size, modality, self.recipe, self.pad)
+                    images[modality] = augment(pixels[modality], draws)
+                yield images, labels.to(self.device, non_blocking=True)
+                start = time.perf_counter()
 
     def memory_batches(
-        self, modality: str, batch_size: int, epoch: int, rank: int = 0, world_size: int = 1
+        self, modality: str, batch_size: int, epoch: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (images (n, 3, H, W) float32, labels (n,) int64): all of a modality, unaugmented, in order.
+        """Yield (images (n, 3, H, W) float32, labels (n,) int64): a modality's images in order, unaugmented.
 
         modality: "visible", "infrared" or "aux", whose channels are drawn for the epoch. Of several processes
         each takes every world_size-th image.
         """
-        stored = _STORED[modality]
+        stored = "infrared" if modality == "infrared" else "visible"
         labels = self.labels[stored]
-        rows = np.flatnonzero(labels >= 0)[rank::world_size]
-        channel = None
+        rows = np.flatnonzero(labels >= 0)[self.batches.rank :: self.batches.world_size]
+        channels = None
         if modality == "aux":
-            channel = generator(self.seed, epoch, "memory").integers(3, size=len(labels))
+            channels = generator(self.seed, epoch, "memory").integers(3, size=len(labels))
 
-        def parts():
+        def read():
             for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                yield part, self._read(stored, part), pinned(labels[part], self.device)
+                chosen = rows[start : start + batch_size]
+                yield chosen, self._read(stored, chosen), pinned(labels[chosen], self.device)
 
-        with contextlib.closing(read_ahead(parts(), self.device)) as items:
-            for part, pixels, part_labels in items:
-                drawn = None if channel is None else channel[part]
-                images = normalize(self._place(stored, pixels), drawn)
-                yield images, part_labels.to(self.device, non_blocking=True)
+        with contextlib.closing(read_ahead(read(), self.device)) as batches:
+            for chosen, pixels, batch_labels in batches:
+                channel = None if channels is None else channels[chosen]
+                images = normalize(self._place(stored, pixels), channel)
+                yield images, batch_labels.to(self.device, non_blocking=True)
 
-    def _to_device(self, images: np.ndarray, chunk: int = 2048) -> torch.Tensor:
-        stored = torch.empty(images.shape, dtype=torch.uint8, device=self.device)
-        for start in range(0, len(images), chunk):
-            stored[start : start + chunk] = torch.from_numpy(np.array(images[start : start + chunk]))
-        return stored
-
-    def _prepare(self, visible: np.ndarray, infrared: np.ndarray, draws: dict[str, Draws]) -> dict:
-        """Ahead of time, on the host: what _augment needs of a step's rows (n,), by modality."""
-        rows = {"visible": visible, "infrared": infrared}
-        if self._on_host:
-            stored = ((k, _STORED[k]) for k in MODALITIES)
-            return {k: crop(self.images[name], rows[name], draws[k]) for k, name in stored}
-        return {name: self._read(name, part) for name, part in rows.items()}
-
-    def _augment(self, pixels: dict, draws: dict[str, Draws]) -> dict[str, torch.Tensor]:
-        """The images {modality: (n, 3, H, W)} of a step, augmented, from what _prepare returned."""
-        if self._on_host:
-            return {modality: finish(pixels[modality], draws[modality]) for modality in MODALITIES}
-        placed = {modality: self._place(modality, part) for modality, part in pixels.items()}
-        return {k: augment(placed[_STORED[k]], draws[k]) for k in MODALITIES}
+    def _steps(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """On the host, ahead of time: (labels, what _read returns of the visible, of the infrared rows)."""
+        for labels, visible, infrared in self.batches.epoch(epoch):
+            pixels = self._read("visible", visible), self._read("infrared", infrared)
+            yield pinned(labels, self.device), *pixels
 
     def _read(self, modality: str, rows: np.ndarray) -> torch.Tensor:
-        """Ahead of time, on the host: the pixels of rows, or just rows where the device has the pixels."""
+        """The pixels of rows (n,) on the host; the rows themselves where the device holds the pixels."""
         if self.cache == "device":
             return pinned(rows, self.device)
         images = self.images[modality]
@@ -242,24 +222,31 @@ class TrainLoader:
         return pixels
 
     def _place(self, modality: str, read: torch.Tensor) -> torch.Tensor:
-        """What _read returned as pixels (n, H, W, 3) uint8 on the device."""
+        """The pixels (n, H, W, 3) uint8 on the device, of what _read returned."""
         read = read.to(self.device, non_blocking=True)
         return self.images[modality].index_select(0, read) if self.cache == "device" else read
 
-    def _timed(self, items: Iterator[Item]) -> Iterator[Item]:
-        self.wait_seconds = 0.0
-        given = torch.cuda.Event() if self.device.type == "cuda" else None
-        with contextlib.closing(items):
-            while True:
-                if given:
-                    given.record()  # behind all the work that the GPU has been given
-                start = time.perf_counter()
-                item = next(items, None)
-                if given is None or given.query():  # else the GPU is busy, and nothing waits
-                    self.wait_seconds += time.perf_counter() - start
-                if item is None:
-                    return
-                yield item
+
+def choose_cache(cache: str, size: int, device: torch.device) -> str:
+    """Where size bytes of pixels live, see TrainLoader; UserError: --cache device without enough memory."""
+    if device.type != "cuda":
+        return "disk" if cache == "auto" else cache
+    # What torch holds in reserve counts as free: an earlier run of --trial all may have left it.
+    reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + reserve
+    if cache == "auto":
+        return "device" if size <= free / 3 else "disk"
+    if cache == "device" and size > free:
+        raise UserError(f"--cache device: the images need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    return cache
+
+
+def copy_to_device(images: np.ndarray, device: torch.device, chunk: int = 2048) -> torch.Tensor:
+    """images (N, H, W, 3) on the device, copied chunk by chunk: they may be memory-mapped from disk."""
+    stored = torch.empty(images.shape, dtype=torch.uint8, device=device)
+    for start in range(0, len(images), chunk):
+        stored[start : start + chunk] = torch.from_numpy(np.array(images[start : start + chunk]))
+    return stored
 
 
 def evaluation_batches(

@@ -13,9 +13,15 @@ import torch
 from utils import UserError, log
 
 
-def select_device(gpu: int) -> torch.device:
-    """The device that --gpu names: an index; the CPU for -1 and where there is no GPU (a line says so)."""
+def select_device(gpu: int | None) -> torch.device:
+    """Make the GPU that --gpu names the current one and return it; the CPU for -1 and where there is no GPU.
+
+    None: the first GPU, or of several processes each one's own. A line of the log says that the CPU is taken.
+    Raises UserError for an index that this machine does not have.
+    """
     count = torch.cuda.device_count()
+    if gpu is None:
+        gpu = int(os.environ.get("LOCAL_RANK", 0))
     if gpu >= 0 and count:
         if gpu >= count:
             raise UserError(f"--gpu {gpu}: this machine's GPUs are 0 to {count - 1}")
@@ -26,9 +32,10 @@ def select_device(gpu: int) -> torch.device:
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """What --amp means on device, None for float32: `auto` is the fastest that the device does natively.
+    """The precision that --amp means on device, None for float32; sets the process's TF32 switches by it.
 
-    `off` means all of float32: on GPUs it turns off TF32 too, which cuDNN would use for convolutions.
+    `auto` is the fastest that the device multiplies natively. `off` is float32 throughout: on GPUs without
+    TF32, which cuDNN would use for convolutions.
     """
     torch.backends.cudnn.allow_tf32 = amp != "off"
     torch.backends.cuda.matmul.allow_tf32 = False  # the losses', the memory's and the metrics' products
@@ -51,13 +58,15 @@ def cpu_has_bfloat16() -> bool:
         return False
 
 
-WAIT = datetime.timedelta(hours=4)  # for a process that decodes a dataset's images while the others wait()
+PATIENCE = datetime.timedelta(
+    hours=4
+)  # of processes that wait while the first one decodes a dataset's images
 
 
 class Processes:
     """This process among those that torchrun started: rank, world_size and the collectives of a run.
 
-    Alone (world_size 1) every collective gives what it was given, so that callers have one path.
+    Alone (world_size 1) every collective returns what it was given, so that callers have one path.
     """
 
     def __init__(self):
@@ -66,56 +75,51 @@ class Processes:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
 
     def start(self, device: torch.device) -> None:
-        """Join the other processes, over NCCL on GPUs and gloo on the CPU; again is no harm."""
+        """Join the other processes, over NCCL on GPUs and gloo on the CPU; a second call does nothing."""
         if self.world_size > 1 and not torch.distributed.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
-            # On the host: agreeing there waits for no GPU, and has more patience than a GPU's collectives.
-            self.host = torch.distributed.new_group(backend="gloo", timeout=WAIT)
+            # NCCL gives up after ten minutes, and its barrier waits for the GPU: barriers are the host's.
+            self.host = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def stop(self) -> None:
         """Leave the other processes, when all are done: after an error this would wait for them."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if self.rank == 0:  # it holds the store through which the others take their leave:
-                time.sleep(0.5)  # torch 2.6's gloo hung about once in ten times when it was gone first
+            if self.rank == 0:  # it holds the store through which the others leave:
+                time.sleep(0.5)  # torch 2.6's gloo hung about once in ten times when it left first
             torch.distributed.destroy_process_group()
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of every process's tensor, in place."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def largest(self, number: int) -> int:
-        """The largest of every process's number."""
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every process's tensor (n, ...), one after the other by rank: (world_size * n, ...)."""
         if self.world_size == 1:
-            return number
-        everyones = torch.tensor(number)
-        torch.distributed.all_reduce(everyones, torch.distributed.ReduceOp.MAX, self.host)
-        return int(everyones)
+            return tensor
+        gathered = tensor.new_empty(self.world_size, *tensor.shape)
+        torch.distributed.all_gather(list(gathered), tensor.contiguous())
+        return gathered.flatten(0, 1)
 
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Every process's tensor (n, ...), stacked in the order of ranks: (world_size, n, ...)."""
-        if self.world_size == 1:
-            return tensor[None]
-        everyone = tensor.new_empty(self.world_size, *tensor.shape)
-        torch.distributed.all_gather(list(everyone), tensor.contiguous())
-        return everyone
-
-    def share(self, tensors: Iterable[torch.Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
         """Give every process the first one's tensors, in place."""
         if self.world_size > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, 0)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world_size > 1:
             torch.distributed.barrier(self.host)
 
 
-def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, NumPy and torch; deterministic: only algorithms whose results do not vary between runs."""
+def seed_globally(seed: int, deterministic: bool = False) -> None:
+    """Seed the generators of Python, NumPy and torch in this process.
+
+    deterministic: torch uses only algorithms whose results do not vary between runs.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

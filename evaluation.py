@@ -142,7 +142,7 @@ class Evaluation:
                 all_features[torch.tensor(mine, device=device)] = extract_features(
                     model, shown, modality, dtype
                 )
-            features[modality] = processes.sum(all_features)
+            features[modality] = processes.all_reduce(all_features)
         return features
 
     def _checked(self, batches: Iterable) -> Iterator:

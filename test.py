@@ -25,12 +25,12 @@ from data_manager import DATASETS, Samples
 from devices import Processes, autocast_dtype, select_device
 from eval_metrics import Metrics, summarize, top_k
 from evaluation import Evaluation, Features, Protocol
-from flags import saved_settings
 from model import from_checkpoint
 from results.exports import mat_file, save_features, save_mat
 from results.figures import ranked_results
 from results.tables import STYLES, results_table
 from runs import versions
+from training import saved_settings
 from utils import Parser, UserError, data_flags, device_flags, log, log_to_terminal, run_script, whole_file
 
 TRIAL_IN_NAME = re.compile(r"_trial_\d+(?=_)")

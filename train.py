@@ -5,32 +5,31 @@
     torchrun --nproc_per_node 4 train.py --dataset sysu
 
 Writes <run>_best.t and <run>_last.t under save_model/, a log under log/<dataset>_log/ and TensorBoard events
-under log/vis_log/.
+under log/vis_log/. An epoch is read in this file from top to bottom; docs/method.md has the definitions.
 """
 
 import argparse
 import contextlib
 import shlex
-import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from augmentation import normalize
+from data_manager import DATASETS
 from devices import Processes
-from eval_metrics import Metrics
-from flags import checked_settings, parse_training_args, trials_of
+from eval_metrics import Metrics, summarize
 from loss import WEIGHTS, mce_loss
 from model import extract_features
-from runs import Run, environment, existing, open_run
-from training import SELECTION, Training
-from utils import MODALITIES, Stopped, UserError, log, log_to_terminal, run_script, stop_signals
+from runs import Run, environment
+from training import SELECTION, Training, build_training, get_args_parser, open_run
+from utils import MODALITIES, UserError, log, log_to_terminal, run_script
 
 Batches = Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]
 
@@ -42,10 +41,14 @@ class NotFinite(UserError):
     """A loss or a weight is infinite or not a number."""
 
 
+# --- an epoch: learning rate, memory, steps
+
+
 def learning_rate(epoch: int, base: float, warmup: int, decay: tuple[int, int]) -> float:
     """The rate of an epoch (from 0): linear warm-up, base, a tenth after decay[0], a hundredth from decay[1].
 
-    `>` here and `>=` there is how the released code has it, and its results were made so: docs/method.md, 7.
+    `>` at the first and `>=` at the second is how the released code has it, and its results were made so
+    (docs/method.md, section 7).
     """
     if epoch < warmup:
         return base * (epoch + 1) / warmup
@@ -54,42 +57,83 @@ def learning_rate(epoch: int, base: float, warmup: int, decay: tuple[int, int]) 
     return base * 0.1 if epoch > decay[0] else base
 
 
-def train_one_epoch(training: Training, batches: Batches, steps: int, epoch: int) -> torch.Tensor:
-    """The steps of an epoch, one a batch; returns their losses (steps, 7) on the CPU: the total, then TERMS.
+@torch.no_grad()
+def rebuild_memory(training: Training, epoch: int) -> None:
+    """Reset the bank to the class means of the whole training set's features (docs/method.md, section 5)."""
+    bank, processes, test_batch = training.bank, training.processes, training.args.test_batch
+    training.model.eval()
+    means = {}
+    for modality in MODALITIES:
+        sums = torch.zeros_like(bank.shared.proxies)  # (C, D)
+        counts = sums.new_zeros(len(sums), 1)
+        # Of several processes each extracts its share of the images.
+        for images, labels in training.loader.memory_batches(modality, test_batch, epoch):
+            features = extract_features(training.model, [images], modality, training.dtype)  # (n, D)
+            sums.index_add_(0, labels, features)
+            counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
+        means[modality] = processes.all_reduce(sums) / processes.all_reduce(counts)
+    bank.reset(means)
 
-    batches: ({modality: (n, 3, H, W)}, labels (n,)) on the device. Raises NotFinite at a loss that is not
-    finite.
+
+def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.Tensor:
+    """Take one step for each batch, against the bank as rebuild_memory left it.
+
+    Args:
+        training: what is trained; its network, bank and optimiser change.
+        batches: ({modality: (n, 3, H, W) float32}, labels (n,) int64) on the device.
+        epoch: its number, from 0, for messages.
+
+    Returns:
+        The losses of each step, (steps, 7) float32 on the CPU: the total, then TERMS, unweighted.
+
+    Raises:
+        NotFinite: a loss is not finite.
     """
     network, bank, optimizer, scaler = training.network, training.bank, training.optimizer, training.scaler
-    device, dtype = training.device, training.dtype
+    device, dtype, processes = training.device, training.dtype, training.processes
     network.train()
-    history = torch.zeros(steps, 1 + len(TERMS), device=device)
-    progress = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)
-    for step, (images, labels) in enumerate(progress):
-        training.check_stop(together=step % LOOK_EVERY == 0)
+    history = []  # of losses, on the device
+    progress = tqdm(batches, f"epoch {epoch + 1}", len(training.loader.batches), leave=False, disable=None)
+    for images, labels in progress:
+        # One pass through the trunk: its batch norms see all 3n images. The aux images are made of visible
+        # ones, so they take the visible stem.
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             outputs = network(torch.cat([images["visible"], images["aux"]]), images["infrared"])  # (3n, D)
-        visible, aux, infrared = F.normalize(outputs.float()).chunk(3)  # (n, D) each
+        visible, aux, infrared = F.normalize(outputs.float()).chunk(3)  # (n, D) each, unit norm
         features = {"visible": visible, "infrared": infrared, "aux": aux}
         total, terms = mce_loss(features, labels, bank, proxies=training.args.proxies)
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(total).backward()
-        bank.update(*training.of_all_processes(features, labels))
+        # The loss has used the tables as they were before this step; now they learn from its features. Every
+        # process has a bank of its own, and updates it with the features of all, so that all banks agree.
+        if processes.world_size > 1:
+            features = {modality: processes.all_gather(f.detach()) for modality, f in features.items()}
+            labels = processes.all_gather(labels)
+        bank.update(features, labels)
         scaler.step(optimizer)
         scaler.update()
 
-        history[step] = torch.stack([total, *(terms[name] for name in TERMS)]).detach()
-        if step % LOOK_EVERY == 0:
-            refuse_non_finite(history[: step + 1], epoch)
-            progress.set_postfix(loss=f"{history[step, 0].item():.3f}", refresh=False)
+        history.append(torch.stack([total, *(terms[name] for name in TERMS)]).detach())
+        if len(history) % LOOK_EVERY == 0:
+            refuse_non_finite(history, epoch)
+            show(progress, history[-1][0].item(), training, epoch)
     refuse_non_finite(history, epoch)
-    return history.cpu()
+    return torch.stack(history).cpu()
 
 
-def refuse_non_finite(history: torch.Tensor, epoch: int) -> None:
-    """NotFinite naming the first step and the terms whose loss is not finite."""
-    finite = history.isfinite()
+def show(progress: tqdm, loss: float, training: Training, epoch: int) -> None:
+    """Write loss, speed and the time that the run's steps will still take behind a progress bar."""
+    seconds = progress.format_dict["elapsed"] / max(progress.n, 1)  # of a step
+    images = 3 * training.args.batch_size * training.args.num_pos * training.processes.world_size
+    steps = (training.args.epochs - epoch) * len(training.loader.batches) - progress.n
+    left = tqdm.format_interval(steps * seconds)
+    progress.set_postfix_str(f"loss {loss:.3f}, {images / seconds:.0f} images/s, {left} left", refresh=False)
+
+
+def refuse_non_finite(history: list[torch.Tensor], epoch: int) -> None:
+    """NotFinite naming the first step and the terms whose loss is not finite; waits for the device."""
+    finite = torch.stack(history).isfinite().cpu()
     if not finite.all():
         step = int((~finite.all(1)).nonzero()[0])
         bad = [name for name, good in zip(("total", *TERMS), finite[step].tolist(), strict=True) if not good]
@@ -98,63 +142,87 @@ def refuse_non_finite(history: torch.Tensor, epoch: int) -> None:
 
 def refuse_non_finite_weights(model: torch.nn.Module, epoch: int) -> None:
     """NotFinite naming the first weight that is not finite."""
-    state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
-    finite = torch.stack([value.isfinite().all() for value in state.values()]).tolist()
-    for name, good in zip(state, finite, strict=True):
-        if not good:
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
             raise NotFinite(f"the weight {name} is not finite after epoch {epoch + 1}")
 
 
-def refuse_small_disk(model: torch.nn.Module, run: Run, later: int) -> None:
-    """UserError if the checkpoints of the run and of `later` ones of --trial all do not fit on the disk."""
-    size = 4 * sum(value.numel() for value in model.state_dict().values())
-    need = (1 + 3 + 3) * size  # best, last with Adam's two moments, and last again while it is written
-    need += later * (1 + 3) * size
-    folder = run.last.parent
-    free = shutil.disk_usage(existing(folder)).free
-    free += sum(path.stat().st_size for path in (run.best, run.last) if path.exists())  # they make room
-    log.info("checkpoints need %.0f MB in %s, where %.0f MB are free", need / 1e6, folder, free / 1e6)
-    if free < need:
-        raise UserError(f"--model-path {folder}: {need / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB free")
+# --- a run: epochs, evaluation, checkpoints
 
 
-def show(metrics: Metrics) -> str:
-    """Metrics in per cent, in one line."""
-    values = {"rank-1": metrics.cmc[0], "rank-10": metrics.cmc[9], "mAP": metrics.mAP, "mINP": metrics.mINP}
-    return "  ".join(f"{name} {100 * value:.2f}" for name, value in values.items())
+def evaluate(training: Training) -> Metrics:
+    """The metrics of the network as it is now, mean over the trials of the run's protocol."""
+    args = training.args
+    training.model.eval()
+    features = training.evaluation.features(
+        training.model, training.device, training.dtype, args.test_batch, args.workers, training.processes
+    )
+    mean, _ = summarize(training.evaluation.score(features)[training.protocol])
+    return mean
 
 
-def evaluate(training: Training, epoch: int) -> bool:
-    """Evaluate after `epoch` epochs, note the result in training, and say whether it is the best so far."""
-    metrics = training.latest = training.evaluate()
+def evaluate_if_due(training: Training, run: Run, board: object | None) -> None:
+    """Evaluate if this epoch is one to evaluate and is not yet, keep the best, save and log.
+
+    The epoch is on disk before: whatever an evaluation raises, no epoch is lost, and a run that is stopped in
+    an evaluation repeats it when it is continued.
+    """
+    args, epoch = training.args, training.epoch
+    due = epoch == args.epochs or (epoch > args.eval_start and epoch % args.eval_every == 0)
+    if not due or training.evaluated == epoch:
+        return
+    metrics = evaluate(training)
     result = {"epoch": epoch, "rank1": float(metrics.cmc[0]), "mAP": metrics.mAP, "mINP": metrics.mINP}
-    choosing = epoch > 0 and training.args.select != "last"
-    is_best = choosing and (training.best is None or result["rank1"] > training.best["rank1"])
+    # The highest mAP, as in the released code; of equal ones the first.
+    is_best = (
+        args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
+    )
     if is_best:
         training.best = result
-    log.info("  %s: %s%s", training.protocol.title, show(metrics), "  (best so far)" if is_best else "")
-    return is_best
+    training.evaluated, training.latest = epoch, metrics
+    if training.processes.rank == 0:
+        run.save(training.state(), is_best, SELECTION[args.select])
+    values = {"rank-1": metrics.cmc[0], "rank-10": metrics.cmc[9], "mAP": metrics.mAP, "mINP": metrics.mINP}
+    words = "  ".join(f"{name} {100 * value:.2f}" for name, value in values.items())
+    log.info("  %s: %s%s", training.protocol.title, words, "  (best so far)" if is_best else "")
+    write_scalars(board, values, epoch)
+
+
+def write_scalars(board: object | None, scalars: dict[str, float], epoch: int) -> None:
+    """Send scalars to TensorBoard, if it is there."""
+    if board is not None:
+        for name, value in scalars.items():
+            board.add_scalar(name, value, epoch)
+        board.flush()
+
+
+def open_board(run: Run, epoch: int) -> object | None:
+    """TensorBoard's writer of a run that continues after so many epochs; None, with a warning, without it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning("no TensorBoard curves: the package tensorboard is not installed")
+        return None
+    return SummaryWriter(run.events, purge_step=epoch + 1)
 
 
 def fit(training: Training, run: Run) -> None:
-    """The epochs: rebuild the memory, train, evaluate, save."""
+    """The epochs of a run: set the rate, rebuild the memory, train, save, evaluate, choose, save."""
     args, processes, loader = training.args, training.processes, training.loader
-    writer = SummaryWriter(run.events, purge_step=training.start + 1) if processes.rank == 0 else None
-    if args.epochs == 0:
-        evaluate(training, 0)  # the network as training would find it
-        if writer is not None:
-            run.save(training.state(0, run.log_size()), False, SELECTION[args.select])
-    for epoch in range(training.start, args.epochs):
-        began = time.perf_counter()
+    board = open_board(run, training.epoch) if processes.rank == 0 else None
+    evaluate_if_due(training, run, board)  # of --epochs 0, and of a run that was stopped in its evaluation
+    for epoch in range(training.epoch, args.epochs):
         rate = learning_rate(epoch, args.lr, args.warmup_epochs, args.decay_epochs)
         for group in training.optimizer.param_groups:
             group["lr"] = rate
-        training.check_stop(together=True)
-        training.rebuild_memory(epoch)
+
+        began = time.perf_counter()
+        rebuild_memory(training, epoch)
         rebuilt = time.perf_counter()
         try:
-            losses = train_one_epoch(training, loader.epoch(epoch), len(loader.batches), epoch)
-            processes.share(training.model.buffers())  # running statistics, as the checkpoint has them
+            losses = train_one_epoch(training, loader.epoch(epoch), epoch)
+            # The network's running statistics differ between processes: evaluate and save the first one's.
+            processes.broadcast(training.model.buffers())
             refuse_non_finite_weights(training.model, epoch)
         except NotFinite as error:
             good = (
@@ -165,6 +233,10 @@ def fit(training: Training, run: Run) -> None:
             raise NotFinite(f"{error}; {good}") from error
         seconds = time.perf_counter() - rebuilt
 
+        # What is saved is saved before it is logged: a run that is killed and continued logs no epoch twice.
+        training.epoch = epoch + 1
+        if processes.rank == 0:
+            run.save(training.state())
         means = dict(zip(("loss", *TERMS), losses.mean(0).tolist(), strict=True))
         speed = 3 * args.batch_size * args.num_pos * processes.world_size * len(losses) / seconds
         waiting = loader.wait_seconds / seconds
@@ -175,65 +247,46 @@ def fit(training: Training, run: Run) -> None:
             rate, rebuilt - began, seconds, speed, 100 * waiting,
         )  # fmt: skip
         scalars = {f"loss/{name}": value for name, value in means.items()}
-        scalars |= {"rate": rate, "images a second": speed, "share of waiting for input": waiting}
+        scalars |= {"rate": rate, "images per second": speed, "share of waiting for input": waiting}
+        write_scalars(board, scalars, epoch + 1)
 
-        number, is_best = epoch + 1, False
-        due = number > args.eval_start and number % args.eval_every == 0
-        if due or number == args.epochs:
-            training.check_stop()
-            is_best = evaluate(training, number)
-            latest = training.latest
-            scalars |= {"rank-1": latest.cmc[0], "mAP": latest.mAP, "mINP": latest.mINP}
-        if writer is not None:
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, number)
-            writer.flush()  # before the checkpoint, which a resumed run goes on from: no gap
-            run.save(training.state(number, run.log_size()), is_best, SELECTION[args.select])
-        training.load_test_images()  # a broken one is told after the first epoch, not after hours
-        processes.wait()
-    if writer is not None:
-        writer.close()
+        evaluate_if_due(training, run, board)
+    if board is not None:
+        board.close()
     if training.best:
-        log.info(
-            "best: %s, epoch %d, rank-1 %.2f", run.best, training.best["epoch"], 100 * training.best["rank1"]
-        )
+        epoch, mAP = training.best["epoch"], 100 * training.best["mAP"]
+        log.info("best: %s, epoch %d, mAP %.2f", run.best, epoch, mAP)
     log.info("finished: %s", run.last)
 
 
-def train_run(
-    args: argparse.Namespace, trial: int, later: int, processes: Processes, check_stop: Callable[..., None]
-) -> None:
-    """Train one run, from its start or its checkpoint, to its last epoch; or check that this can be done.
-
-    later: how many trials follow this one.
-    """
-    if args.resume and args.overwrite:
-        raise UserError("--overwrite would replace the run that --resume continues: give one of them")
-    args, run, checkpoint = open_run(args, trial)
-    if checkpoint:
-        checked_settings(checkpoint["args"], args.resume)
-    trial = int(args.trial)  # a checkpoint's own, where --resume names one
-    first = processes.rank == 0
+def train_run(args: argparse.Namespace, run: Run, checkpoint: dict | None, processes: Processes) -> None:
+    """Train one run, from its start or its checkpoint, to its last epoch; or check that this can be done."""
+    first = processes.rank == 0  # the process that writes
     if first:
         run.refuse_unwritable()
         if not args.check:
             run.acquire()
     try:
-        if checkpoint and checkpoint["epoch"] >= args.epochs and not args.check:
+        if (
+            checkpoint
+            and checkpoint["epoch"] >= args.epochs
+            and checkpoint["evaluated"] == checkpoint["epoch"]
+        ):
             log.info("%s is finished: %d epochs", run.last, checkpoint["epoch"])
             return
         if checkpoint is None and first and not args.overwrite:
             run.refuse_to_overwrite(args.epochs)
-        training = Training(args, trial, checkpoint, processes, check_stop)
-        if first:
-            refuse_small_disk(training.model, run, later)
+        training = build_training(args, checkpoint, processes)
         if first and not args.check:
             if checkpoint is None:
                 run.remove()
-            run.open_log(checkpoint["log_size"] if checkpoint else 0)
+            run.open_log()
         for line in [*environment(), *training.describe(), f"run: {run.last}"]:
             log.info("%s", line)
-        check(training) if args.check else fit(training, run)
+        if args.check:
+            check(training)
+        else:
+            fit(training, run)
     except torch.OutOfMemoryError as error:
         sizes = f"--batch-size {args.batch_size} --num-pos {args.num_pos} or --test-batch {args.test_batch}"
         raise UserError(f"the GPU's memory is too small for {sizes} at {args.img_h}x{args.img_w}") from error
@@ -245,19 +298,16 @@ def train_run(
 
 
 def check(training: Training) -> None:
-    """One step on a real batch, one evaluation batch, and what they took; no checkpoint and no log."""
+    """One step on a real batch, one evaluation batch, and what they took; writes no checkpoint and no log."""
     bank, loader, device = training.bank, training.loader, training.device
     bank.reset({modality: torch.randn_like(bank.shared.proxies) for modality in MODALITIES})
     began = time.perf_counter()
-    losses = train_one_epoch(training, islice(loader.epoch(0), 1), 1, 0)
-    log.info(
-        "one step: loss %.3f, %.1f s (the first is the slowest)", losses[0, 0], time.perf_counter() - began
-    )
-    training.load_test_images()
+    losses = train_one_epoch(training, islice(loader.epoch(0), 1), 0)
+    seconds = time.perf_counter() - began
+    log.info("one step: loss %.3f, %.1f s (the first is the slowest)", losses[0, 0], seconds)
     images = torch.from_numpy(training.evaluation.pixels["infrared"][: training.args.test_batch])
-    features = extract_features(
-        training.model.eval(), [normalize(images.to(device))], "infrared", training.dtype
-    )
+    normalized = normalize(images.to(device))
+    features = extract_features(training.model.eval(), [normalized], "infrared", training.dtype)
     log.info("one evaluation batch: %d images, %d features each", *features.shape)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
@@ -269,54 +319,53 @@ def check(training: Training) -> None:
         peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         log.info("memory of this process: at most %.1f GB", peak / 1e9)
     log.info("memory bank: %.0f MB", 8 * bank.shared.proxies.nbytes / 1e6)
+    state = sum(value.nbytes for value in training.model.state_dict().values()) / 1e6
+    log.info("checkpoints: about %.0f MB", 4 * state)  # _best.t, and _last.t with Adam's two moments
     log.info("check passed: no checkpoint and no log was written")
 
 
-def main(args: argparse.Namespace) -> int | None:
-    """Train the runs that args ask for; 143 or 130 when SIGTERM or Ctrl-C stopped one."""
+def main(command: list[str]) -> int | None:
+    """Train the runs that a command line asks for; 143 or 130 when SIGTERM or Ctrl-C stopped them."""
+    args = get_args_parser().parse_args(command)
     processes = Processes()
     log_to_terminal(quiet=processes.rank > 0)
-    if processes.world_size > 1 and args.typed.get("gpu", -1) >= 0:
+    if processes.world_size > 1 and args.gpu is not None and args.gpu >= 0:
         raise UserError(
             f"--gpu {args.gpu}: of several processes each takes the GPU of its own number: leave it out"
         )
-    with stop_signals(patience=10 if processes.world_size > 1 else 0) as received:
-
-        def check_stop(together: bool = False) -> None:
-            """Raise Stopped after a signal; of several processes only where all of them ask together."""
-            signum = received[0] if received else 0
-            if processes.world_size > 1:
-                signum = processes.largest(signum) if together else 0
-            if signum:
-                raise Stopped(signum)
-
-        try:
-            if args.trial == "all" and args.overwrite and not args.check and processes.rank == 0:
-                for trial in trials_of(args):  # all now: a trial left of the former run would count as done
-                    _, run, _ = open_run(args, trial)
+    commands = [command]
+    if args.trial == "all":
+        commands = [[*command, "--trial", str(trial)] for trial in DATASETS[args.dataset].trials]
+    try:
+        if args.trial == "all" and not args.resume and not args.check:
+            if args.overwrite and processes.rank == 0:
+                for words in commands:  # all now: a trial that an earlier run left would count as done
+                    _, run, _ = open_run(words)
                     run.acquire()
                     run.remove()
                     run.release()
-            trials = trials_of(args)
-            for later, trial in zip(reversed(range(len(trials))), trials, strict=True):
-                if args.trial == "all":
-                    log.info("RegDB, trial %d of 10", trial)
-                train_run(args, trial, later, processes, check_stop)
-        except Stopped as stopped:
-            words = [word for word in sys.argv if word != "--overwrite"]
-            resume = [] if "--resume" in " ".join(words) else ["--resume", "auto"]
-            launcher = ["torchrun", "--nproc_per_node", str(processes.world_size)]
-            words = [*(launcher if processes.world_size > 1 else ["python"]), *words, *resume]
-            log.info("stopped by %s; to continue: %s", stopped, shlex.join(words))
-            processes.stop()
-            return 128 + stopped.signum
-        except RuntimeError as error:
-            if processes.world_size > 1 and "by peer" in str(error):  # closed, or reset
-                raise UserError("another process has ended: its own message says why") from error
-            raise
+            commands = [[*(w for w in words if w != "--overwrite"), "--resume", "auto"] for words in commands]
+        for words in commands:
+            run_args, run, checkpoint = open_run(words)
+            if args.trial == "all":
+                log.info("RegDB, trial %s of 10", run_args.trial)
+            train_run(run_args, run, checkpoint, processes)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # A stop saves nothing that a kill would lose. The next Ctrl-C ends the process at once.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        words = [word for word in sys.argv if word != "--overwrite"]
+        words += [] if args.resume else ["--resume", "auto"]
+        launcher = ["torchrun", "--nproc_per_node", str(processes.world_size)]
+        words = [*(launcher if processes.world_size > 1 else ["python"]), *words]
+        log.info("stopped; to continue: %s", shlex.join(words))
+        return 130 if isinstance(stop, KeyboardInterrupt) else stop.code
+    except RuntimeError as error:
+        if processes.world_size > 1 and "by peer" in str(error):  # closed, or reset
+            raise UserError("another process has ended: its own message says why") from error
+        raise
     processes.stop()
     return None
 
 
 if __name__ == "__main__":
-    run_script(main, parse_training_args)
+    run_script(main, lambda: sys.argv[1:])

@@ -1,221 +1,285 @@
-"""What a run trains with, built from its settings: data, network, memory bank, optimiser, evaluation."""
+"""A run's settings, and what is built from them: data, network, memory bank, optimiser, evaluation."""
 
 import argparse
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data_manager
+from augmentation import PAD
+from checkpoints import load_checkpoint
 from data_loader import IdentityBatches, TrainLoader
-from devices import Processes, autocast_dtype, seed_everything, select_device
-from eval_metrics import Metrics, summarize
+from data_manager import DATASETS
+from devices import Processes, autocast_dtype, seed_globally, select_device
+from eval_metrics import Metrics
 from evaluation import Evaluation, Protocol
 from images import open_training_arrays, training_arrays
+from loss import PROXIES
 from memory import MemoryBank
-from model import TwoStreamResNet, extract_features, load_strictly
-from utils import MODALITIES, UserError, log
+from model import ARCHS, STEMS, TwoStreamResNet, load_strictly
+from runs import MAY_CHANGE, Run, run_name
+from utils import Parser, UserError, at_least, data_flags, device_flags, log, positive, seed_number
 
 SELECTION = {
-    "test": "the best epoch is chosen on the test split, as the literature does: its result is optimistic",
-    "val": "the best epoch is chosen on the val ids, which are not trained on",
-    "last": "no epoch is chosen: the last one is the result",
+    "test": "the epoch with the highest mAP on the test split, as is the literature's habit: optimistic",
+    "val": "the epoch with the highest mAP on the val ids, which are not trained on",
+    "last": "the last epoch: none is chosen",
 }
+STATE = {"optimizer", "scaler", "epoch", "evaluated", "best", "cmc", "mAP", "mINP", "data", "world_size"}
 
 
-def load_training_data(
-    args: argparse.Namespace, root: Path, trial: int, check_stop: Callable[..., None]
-) -> tuple[dict, dict, str]:
-    """Training images {modality: (N, H, W, 3) uint8}, labels {modality: (N,) int64} and a fingerprint.
+# --- settings, in three layers: the dataset's, the checkpoint's, what is typed
 
-    Label -1: an image of a val id, which --select val does not train on.
-    """
-    samples = data_manager.train_samples(args.dataset, root, trial)
-    paths = {modality: those.paths for modality, those in samples.items()}
-    folder = args.array_path or root
-    if args.dataset == "sysu":
-        arrays = open_training_arrays(folder, args.img_h, args.img_w, paths, data_path=root)
-    else:  # decoded on the first run, opened on the next
-        prefix = f"train_{trial}" if args.dataset == "regdb" else "train"
-        pids = sorted({int(pid) for pid in samples["visible"].pids})
-        labels = data_manager.class_labels(samples)
-        arrays = training_arrays(
-            folder, paths, labels, pids, args.img_h, args.img_w, args.workers, prefix, lambda _: check_stop()
-        )
-    if args.select != "val":
-        return arrays.images, arrays.labels, arrays.fingerprint or "of unknown origin"
-    if arrays.pids is None:
-        raise UserError(
-            f"--select val needs to know the ids behind the arrays in {folder}: run pre_process_sysu.py"
-        )
-    train = data_manager.train_samples(args.dataset, root, trial, split="train")
-    kept = np.flatnonzero(np.isin(arrays.pids, train["visible"].pids))  # labels
-    labels = {
-        modality: np.where(np.isin(own, kept), np.searchsorted(kept, own), -1)
-        for modality, own in arrays.labels.items()
+
+def get_args_parser() -> Parser:
+    """The command line of train.py; defaults that the dataset decides are in dataset_defaults."""
+    parser = Parser(
+        prog="train.py",
+        description="Train memory-based contrastive embedding. Defaults stand in brackets.",
+        parents=[data_flags(), device_flags()],
+    )
+    data = next(group for group in parser._action_groups if group.title == "data")
+    data.add_argument("--dataset", choices=DATASETS, default="sysu", help="which dataset (sysu)")
+    data.add_argument("--array-path", metavar="DIR", help="training arrays (the dataset's folder)")
+    data.add_argument("--trial", type=trial, metavar="N", help="RegDB's split, 1 to 10, or all in turn (1)")
+    data.add_argument(
+        "--cache", choices=("auto", "device", "host", "disk"), default="auto",
+        help="where the training pixels live; auto: the GPU if they fit in a third of its free memory, "
+        "else memory-mapped from disk (auto)",
+    )  # fmt: skip
+    network = parser.add_argument_group("network")
+    network.add_argument("--arch", choices=ARCHS, default="resnet50", help="trunk (resnet50)")
+    network.add_argument(
+        "--stem", choices=STEMS, default="two-stream", help="shared: as in the released code (two-stream)"
+    )
+    network.add_argument(
+        "--weights", default="imagenet", metavar="imagenet|none|FILE",
+        help="where training starts; FILE: a state dict of torchvision's, or a checkpoint to fine-tune "
+        "(imagenet)",
+    )  # fmt: skip
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add(
+        "--epochs", type=at_least(0), default=160, metavar="N",
+        help="epochs in all; 0: evaluate and save the untrained network (160)",
+    )  # fmt: skip
+    add("--lr", type=positive, default=3.5e-4, metavar="RATE", help="base rate (0.00035)")
+    add(
+        "--warmup-epochs", type=at_least(1), default=10, metavar="N",
+        help="epochs over which the rate rises to its base (10)",
+    )  # fmt: skip
+    add(
+        "--decay-epochs", type=at_least(0), nargs=2, metavar="N",
+        help="the rate falls tenfold after the first and again from the second on, epochs counted from 0 "
+        "(20 40, RegDB 30 60)",
+    )  # fmt: skip
+    add(
+        "--batch-size", type=at_least(1), default=8, metavar="IDENTITIES",
+        help="identities of a batch, per process (8)",
+    )  # fmt: skip
+    add(
+        "--num-pos", type=at_least(1), metavar="IMAGES",
+        help="images of an identity and modality in a batch (4, RegDB 5)",
+    )  # fmt: skip
+    add(
+        "--pad", type=at_least(0), default=PAD, metavar="PIXELS",
+        help=f"border that random crops reach into; less for images smaller than the paper's ({PAD})",
+    )  # fmt: skip
+    add(
+        "--proxies", choices=PROXIES, default="historical",
+        help="what the align term compares with (historical)",
+    )  # fmt: skip
+    add("--seed", type=seed_number, default=0, metavar="N", help="of all randomness (0)")
+    add("--deterministic", action="store_true", help="only algorithms that repeat exactly, on a GPU too")
+    add("--compile", action="store_true", help="torch.compile the network: a slow start, no gain on a CPU")
+    evaluation = parser.add_argument_group("evaluation during training")
+    add = evaluation.add_argument
+    add(
+        "--mode", metavar="MODE",
+        help="protocol: all or indoor (all); RegDB and LLCM: visible-to-infrared or infrared-to-visible "
+        "(visible-to-infrared)",
+    )  # fmt: skip
+    add(
+        "--select", choices=("test", "val", "last"), default="test",
+        help="_best.t is chosen on the test split, as the literature does; on the val ids, which are then "
+        "not trained on (sysu); or not at all (test)",
+    )  # fmt: skip
+    add("--eval-start", type=at_least(0), default=10, metavar="N", help="after epoch N (10)")
+    add("--eval-every", type=at_least(1), default=2, metavar="N", help="every N epochs (2)")
+    outputs = parser.add_argument_group("outputs and resuming")
+    add = outputs.add_argument
+    add("--name", help="name of the run (one made of its settings)")
+    add("--model-path", default="save_model", metavar="DIR", help="folder of checkpoints (save_model)")
+    add("--log-path", default="log", metavar="DIR", help="folder of logs and of TensorBoard's events (log)")
+    add("--resume", metavar="FILE|auto", help="continue a run; auto: the one of these settings")
+    add("--overwrite", action="store_true", help="replace the run of these settings")
+    add(
+        "--check", action="store_true",
+        help="try data, one step, one evaluation batch and the outputs, and report what was found",
+    )  # fmt: skip
+    return parser
+
+
+def trial(text: str) -> str:
+    """An argparse type: "1" to "10", or "all"."""
+    if text not in ("all", *map(str, DATASETS["regdb"].trials)):
+        raise argparse.ArgumentTypeError(f"{text} is no trial: RegDB's are 1 to 10, or all")
+    return text
+
+
+def dataset_defaults(name: str) -> dict[str, object]:
+    """The flags' defaults that a dataset decides."""
+    facts = DATASETS[name]
+    return {
+        "img_h": facts.height,
+        "img_w": facts.width,
+        "num_pos": facts.num_pos,
+        "decay_epochs": list(facts.decay_epochs),
+        "mode": facts.modes[0],
+        "trial": "1" if name == "regdb" else None,
     }
-    return arrays.images, labels, arrays.fingerprint
 
 
-def describe_data(images: dict[str, np.ndarray], labels: dict[str, np.ndarray], fingerprint: str) -> str:
-    """The training data in one line."""
-    counts = ", ".join(f"{(own >= 0).sum()} {modality}" for modality, own in labels.items())
-    height, width = images["visible"].shape[1:3]
-    identities = labels["visible"].max() + 1
-    return f"training data: {identities} identities, {counts} images of {height}x{width}, {fingerprint[:16]}"
+def parse_args(
+    argv: Sequence[str] | None = None,
+    saved: Mapping[str, object] | None = None,
+    path: str | os.PathLike | None = None,
+) -> argparse.Namespace:
+    """The settings of a run: the dataset's, over them those saved in a checkpoint, over them what is typed.
+
+    Args:
+        argv: the words of the command line, which the result keeps as `command`; None: this process's.
+        saved: settings of the run that is continued, see saved_settings.
+        path: the checkpoint that saved comes from, for messages.
+
+    Raises:
+        UserError: a wrong flag, or a typed one that contradicts the run that is continued.
+    """
+    argv, saved = list(sys.argv[1:] if argv is None else argv), dict(saved or {})
+    parser = get_args_parser()
+    parser.set_defaults(**saved)
+    dataset = parser.parse_args(argv).dataset
+    parser.set_defaults(**dataset_defaults(dataset) | saved)
+    args = parser.parse_args(argv)
+    for key in saved.keys() - MAY_CHANGE:
+        if (typed := vars(args)[key]) != saved[key]:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"{flag} {typed} contradicts {path}, whose run has {saved[key]}")
+    facts = DATASETS[dataset]
+    if args.mode not in facts.modes:
+        parser.error(f"argument --mode: {args.mode} is none of {', '.join(facts.modes)}")
+    if args.decay_epochs[0] > args.decay_epochs[1]:
+        parser.error(f"argument --decay-epochs: {args.decay_epochs[1]} comes before {args.decay_epochs[0]}")
+    if args.trial is not None and dataset != "regdb":
+        parser.error(f"argument --trial: {facts.title} has one training split; only RegDB has ten")
+    if args.select == "val" and dataset != "sysu":
+        parser.error("argument --select: only SYSU-MM01 has val ids")
+    if args.name is None:
+        args.name = run_name(vars(args), vars(parser.parse_args([])))
+    args.command = argv
+    return args
 
 
+def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
+    """The settings that a checkpoint was trained with, {dest: value}; none for the released code's.
+
+    Raises UserError naming path for a setting that no command line can give.
+    """
+    settings = checkpoint.get("args")
+    if not isinstance(settings, dict):
+        return {}
+    parser, words, kept = get_args_parser(), [], set()
+    for action in parser._actions:
+        value = settings.get(action.dest)
+        if action.dest in settings:
+            kept.add(action.dest)
+        if isinstance(value, list):
+            words += [action.option_strings[0], *map(str, value)]
+        elif value is True and action.const is True:
+            words.append(action.option_strings[0])
+        elif value is not None and value is not False:
+            words.append(f"{action.option_strings[0]}={value}")
+    try:
+        checked = vars(parser.parse_args(words))
+    except UserError as error:
+        raise UserError(f"{path}: its settings are refused: {error}") from error
+    return {key: checked[key] for key in kept}
+
+
+def open_run(argv: Sequence[str]) -> tuple[argparse.Namespace, Run, dict | None]:
+    """The settings, files and checkpoint (None at its start) of the run that a command line means.
+
+    --resume FILE: the run of that checkpoint, in its folder. --resume auto: the run of these settings, from
+    its last checkpoint if there is one. Raises UserError as parse_args does, and for a checkpoint that cannot
+    be continued.
+    """
+
+    def run_of(args: argparse.Namespace) -> Run:
+        return Run(args.name, args.dataset, args.model_path, args.log_path, args.trial)
+
+    typed = get_args_parser().parse_args(argv)
+    if typed.resume and typed.overwrite:
+        raise UserError("--overwrite would replace the run that --resume continues: give one of them")
+    if typed.resume in (None, "auto"):
+        args = parse_args(argv)
+        path = run_of(args).last
+        if typed.resume is None or not path.exists():
+            return args, run_of(args), None
+        places = {"model_path": args.model_path, "log_path": args.log_path}
+    else:
+        path = Path(typed.resume)
+        places = {"model_path": str(path.parent)}
+    checkpoint = load_checkpoint(path)
+    saved = saved_settings(checkpoint, path)
+    state = checkpoint.keys() >= STATE and isinstance(checkpoint["epoch"], int)
+    if not state or not saved.keys() >= {"dataset", "name"}:
+        raise UserError(f"--resume {path} holds no state of training: resume from a run's _last.t")
+    args = parse_args(argv, saved | places, path)
+    return args, run_of(args), checkpoint
+
+
+# --- what is built from them
+
+
+@dataclass
 class Training:
-    """Everything that a run trains with, built from its settings; `start`: the number of finished epochs."""
+    """What a run trains with, and how far it is."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        trial: int,
-        checkpoint: dict | None,
-        processes: Processes,
-        check_stop: Callable[..., None],
-    ):
-        self.args, self.processes, self.check_stop = args, processes, check_stop
-        local = processes.local_rank if processes.world_size > 1 and args.gpu >= 0 else args.gpu
-        self.device = select_device(local)
-        self.dtype = autocast_dtype(args.amp, self.device)
-        processes.start(self.device)
-        seed_everything(args.seed, args.deterministic)
-        root = data_manager.dataset_root(args.dataset, args.data_path)
-        if args.select == "val" and args.dataset != "sysu":
-            raise UserError("--select val: only SYSU-MM01 has val ids")
-        split = "val" if args.select == "val" else "test"
-        self.protocol = Protocol(args.dataset, args.mode, split=split)
-        trials = (trial,) if args.dataset == "regdb" else data_manager.DATASETS[args.dataset].trials
-        self.evaluation = Evaluation(
-            root, [self.protocol], trials, args.img_h, args.img_w, check_stop=check_stop
-        )
-        if processes.rank > 0:
-            processes.wait()  # until the first process has made the arrays, where they have to be made
-        images, labels, fingerprint = load_training_data(args, root, trial, check_stop)
-        if processes.rank == 0:
-            processes.wait()
-        self.data = describe_data(images, labels, fingerprint)
+    args: argparse.Namespace
+    processes: Processes
+    device: torch.device
+    dtype: torch.dtype | None  # autocast's; None: float32
+    loader: TrainLoader
+    model: TwoStreamResNet  # the weights that are evaluated and saved
+    network: nn.Module  # the same as a step calls it: across processes, compiled
+    bank: MemoryBank
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    evaluation: Evaluation
+    protocol: Protocol
+    data: str  # the training data in one line
+    epoch: int = 0  # how many epochs are trained
+    evaluated: int = -1  # after how many of them the network was evaluated last; -1: never
+    best: dict | None = None  # {"epoch", "rank1", "mAP", "mINP"} of the best evaluation
+    latest: Metrics | None = None  # of the last evaluation
 
-        weights = None if args.weights == "none" or checkpoint else args.weights
-        self.model = TwoStreamResNet(args.arch, args.stem, weights)
-        if checkpoint:
-            load_strictly(self.model, checkpoint["net"], f"--resume {args.resume}")
-        self.model.to(self.device, memory_format=torch.channels_last)
-        self.network = self.model
-        if processes.world_size > 1:
-            devices = [self.device.index] if self.device.type == "cuda" else None
-            self.network = DistributedDataParallel(self.model, device_ids=devices)
-            self.network.broadcast_buffers = False  # training reads none; train.py shares them each epoch
-        if args.compile:
-            self.network = torch.compile(self.network)
-        self.bank = MemoryBank(int(labels["visible"].max()) + 1, self.model.dim, device=self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), args.lr, weight_decay=5e-4, fused=True)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        batches = IdentityBatches(
-            labels, args.batch_size, args.num_pos, args.seed, processes.rank, processes.world_size
-        )
-        recipe = data_manager.DATASETS[args.dataset].recipe
-        self.loader = TrainLoader(
-            images, labels, batches, recipe, self.device, args.seed, args.cache, args.pad
-        )
-
-        self.start, self.best, self.latest = 0, None, None
-        if checkpoint:
-            if (count := checkpoint.get("world_size", 1)) != processes.world_size:
-                raise UserError(
-                    f"--resume {args.resume}: its run has {count} process(es), this has "
-                    f"{processes.world_size}: start it with torchrun --nproc_per_node {count}"
-                )
-            try:
-                self.optimizer.load_state_dict(checkpoint["optimizer"])
-                if checkpoint["scaler"]:  # empty but of a run in fp16: --amp auto differs between GPUs
-                    self.scaler.load_state_dict(checkpoint["scaler"])
-            except torch.OutOfMemoryError:
-                raise
-            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-                raise UserError(f"--resume {args.resume}: broken state of the optimizer: {error}") from error
-            if checkpoint.get("data") != self.data:
-                log.warning("the data has changed: the run began with %s", checkpoint.get("data"))
-            self.start, self.best = checkpoint["epoch"], checkpoint["best"]
-            if checkpoint["cmc"]:
-                self.latest = Metrics(np.array(checkpoint["cmc"]), checkpoint["mAP"], checkpoint["mINP"])
-
-    def describe(self) -> list[str]:
-        """The run in a few lines, for its log."""
-        args, device = self.args, self.device
-        name = (
-            torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else f"{torch.get_num_threads()} threads"
-        )
-        precision = str(self.dtype or torch.float32).removeprefix("torch.")
-        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        return [
-            self.data,
-            f"input: border {args.pad}; pixels on the {self.loader.cache}",
-            f"network: {args.arch}, {args.stem} stem, {millions:.1f} million weights, {args.weights} first",
-            f"device: {device.type} ({name}), {precision}, {self.processes.world_size} process(es)",
-            f"a step: {args.batch_size} identities x {args.num_pos} images x 3 in each process; "
-            f"an epoch: {len(self.loader.batches)} steps",
-            f"evaluation: {self.protocol.title}; {SELECTION[args.select]}",
-        ]
-
-    @torch.no_grad()
-    def rebuild_memory(self, epoch: int) -> None:
-        """Reset the bank to the class means of the features of the whole training set, in each modality."""
-        self.model.eval()
-        means = {}
-        for modality in MODALITIES:
-            sums = torch.zeros_like(self.bank.shared.proxies)  # (C, D)
-            counts = sums.new_zeros(len(sums), 1)
-            batches = self.loader.memory_batches(
-                modality, self.args.test_batch, epoch, self.processes.rank, self.processes.world_size
-            )
-            for images, labels in batches:
-                self.check_stop()
-                sums.index_add_(0, labels, extract_features(self.model, [images], modality, self.dtype))
-                counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
-            means[modality] = self.processes.sum(sums) / self.processes.sum(counts)
-        self.bank.reset(means)
-
-    def of_all_processes(
-        self, features: dict[str, torch.Tensor], labels: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Features and labels of the whole batch, of which each process has a part: so all banks agree."""
-        gathered = {
-            modality: self.processes.gather(f.detach()).flatten(0, 1) for modality, f in features.items()
-        }
-        return gathered, self.processes.gather(labels).flatten()
-
-    def load_test_images(self) -> None:
-        """Decode the images that are evaluated on, unless it was done; UserError naming every broken one."""
-        if not self.evaluation.pixels:
-            self.evaluation.load(self.args.workers, self.processes)
-
-    def evaluate(self) -> Metrics:
-        """The metrics of the network as it is now, mean over the trials."""
-        self.load_test_images()
-        self.model.eval()
-        args = self.args
-        features = self.evaluation.features(
-            self.model, self.device, self.dtype, args.test_batch, args.workers, self.processes
-        )
-        mean, _ = summarize(self.evaluation.score(features)[self.protocol])
-        return mean
-
-    def state(self, epoch: int, log_size: int) -> dict:
-        """The checkpoint after `epoch` epochs; cmc, mAP and mINP are those of the last evaluation."""
+    def state(self) -> dict:
+        """The checkpoint; cmc, mAP and mINP are those of the last evaluation."""
         latest = self.latest
         return {
             "net": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": epoch,
-            "args": {key: value for key, value in vars(self.args).items() if key in self.args.defaults},
+            "epoch": self.epoch,
+            "evaluated": self.evaluated,
+            "args": vars(self.args),
             "cmc": latest and latest.cmc.tolist(),
             "mAP": latest and latest.mAP,
             "mINP": latest and latest.mINP,
@@ -224,5 +288,144 @@ class Training:
             "protocol": self.protocol.title,
             "data": self.data,
             "world_size": self.processes.world_size,
-            "log_size": log_size,
         }
+
+    def describe(self) -> list[str]:
+        """The run in a few lines, for its log."""
+        args, device = self.args, self.device
+        name = f"{torch.get_num_threads()} threads"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        precision = str(self.dtype or torch.float32).removeprefix("torch.")
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        settings = (f"{key} {value}" for key, value in sorted(vars(args).items()) if key != "command")
+        return [
+            f"settings: {', '.join(settings)}",
+            self.data,
+            f"input: border {args.pad}; pixels on the {self.loader.cache}",
+            f"network: {args.arch}, {args.stem} stem, {millions:.1f} million weights, from {args.weights}",
+            f"device: {device.type} ({name}), {precision}, {self.processes.world_size} process(es)",
+            f"a step: {args.batch_size} identities x {args.num_pos} images x 3 in each process; "
+            f"an epoch: {len(self.loader.batches)} steps",
+            f"evaluation: {self.protocol.title}; the result: {SELECTION[args.select]}",
+        ]
+
+
+def build_training(args: argparse.Namespace, checkpoint: dict | None, processes: Processes) -> Training:
+    """Build what a run trains with, as it starts or as a checkpoint left it; seeds this process.
+
+    Raises UserError for data, weights, a device or a checkpoint that a run cannot use.
+    """
+    device = select_device(args.gpu)
+    dtype = autocast_dtype(args.amp, device)
+    processes.start(device)
+    seed_globally(args.seed, args.deterministic)
+
+    root = data_manager.dataset_root(args.dataset, args.data_path)
+    protocol = Protocol(args.dataset, args.mode, split="val" if args.select == "val" else "test")
+    trials = [int(args.trial)] if args.trial else DATASETS[args.dataset].trials
+    evaluation = Evaluation(root, [protocol], trials, args.img_h, args.img_w)
+    loader, data = build_loader(args, root, device, processes)
+
+    weights = None if args.weights == "none" or checkpoint else args.weights
+    model = TwoStreamResNet(args.arch, args.stem, weights)
+    if checkpoint:
+        load_strictly(model, checkpoint["net"], f"--resume {args.resume}")
+    model.to(device, memory_format=torch.channels_last)
+    network = model
+    if processes.world_size > 1:
+        network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+        network.broadcast_buffers = False  # training reads none; train.py broadcasts them each epoch
+    training = Training(
+        args=args,
+        processes=processes,
+        device=device,
+        dtype=dtype,
+        loader=loader,
+        model=model,
+        network=torch.compile(network) if args.compile else network,
+        bank=MemoryBank(loader.batches.classes, model.dim, device=device),
+        optimizer=torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=True),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        evaluation=evaluation,
+        protocol=protocol,
+        data=data,
+    )
+    if checkpoint:
+        restore(training, checkpoint)
+    evaluation.load(args.workers, processes)  # broken test images are found before the first epoch
+    return training
+
+
+def build_loader(
+    args: argparse.Namespace, root: Path, device: torch.device, processes: Processes
+) -> tuple[TrainLoader, str]:
+    """The training input, and the training data described in one line."""
+    if processes.rank > 0:
+        processes.barrier()  # until the first process has made the arrays, where they have to be made
+    images, labels, fingerprint = load_training_data(args, root)
+    if processes.rank == 0:
+        processes.barrier()
+    batches = IdentityBatches(
+        labels, args.batch_size, args.num_pos, args.seed, processes.rank, processes.world_size
+    )
+    recipe = DATASETS[args.dataset].recipe
+    loader = TrainLoader(images, labels, batches, recipe, device, args.seed, args.cache, args.pad)
+    counts = ", ".join(f"{(own >= 0).sum()} {modality}" for modality, own in labels.items())
+    size = f"{loader.height}x{loader.width}"
+    data = f"{batches.classes} identities, {counts} images of {size}, {fingerprint[:16]}"
+    return loader, f"training data: {data}"
+
+
+def load_training_data(args: argparse.Namespace, root: Path) -> tuple[dict, dict, str]:
+    """Training images {modality: (N, H, W, 3) uint8}, labels {modality: (N,) int64} and a fingerprint.
+
+    Label -1: an image of a val id, which --select val does not train on.
+    """
+    samples = data_manager.train_samples(args.dataset, root, args.trial and int(args.trial))
+    paths = {modality: own.paths for modality, own in samples.items()}
+    folder = args.array_path or root
+    if args.dataset == "sysu":
+        arrays = open_training_arrays(folder, args.img_h, args.img_w, paths, data_path=root)
+    else:  # decoded on the first run, opened on the next
+        prefix = f"train_{args.trial}" if args.dataset == "regdb" else "train"
+        pids = sorted({int(pid) for pid in samples["visible"].pids})
+        labels = data_manager.class_labels(samples)
+        arrays = training_arrays(folder, paths, labels, pids, args.img_h, args.img_w, args.workers, prefix)
+    if args.select != "val":
+        return arrays.images, arrays.labels, arrays.fingerprint or "of unknown origin"
+    if arrays.pids is None:
+        raise UserError(
+            f"--select val needs to know the ids behind the arrays in {folder}: run pre_process_sysu.py"
+        )
+    train = data_manager.train_samples(args.dataset, root, split="train")
+    kept = np.flatnonzero(np.isin(arrays.pids, train["visible"].pids))  # labels
+    labels = {
+        modality: np.where(np.isin(own, kept), np.searchsorted(kept, own), -1)
+        for modality, own in arrays.labels.items()
+    }
+    return arrays.images, labels, arrays.fingerprint
+
+
+def restore(training: Training, checkpoint: dict) -> None:
+    """Continue where a checkpoint of the same run was saved; its network is loaded already."""
+    resume, processes = f"--resume {training.args.resume}", training.processes
+    if (count := checkpoint["world_size"]) != processes.world_size:
+        raise UserError(
+            f"{resume}: its run has {count} process(es), this has {processes.world_size}: "
+            f"start it with torchrun --nproc_per_node {count}"
+        )
+    try:
+        training.optimizer.load_state_dict(checkpoint["optimizer"])
+        if checkpoint["scaler"]:  # empty unless the run is in fp16: --amp auto differs between GPUs
+            training.scaler.load_state_dict(checkpoint["scaler"])
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{resume}: broken state of the optimiser: {error}") from error
+    if checkpoint["data"] != training.data:
+        log.warning("the data has changed: the run began with %s", checkpoint["data"])
+    training.epoch, training.evaluated = checkpoint["epoch"], checkpoint["evaluated"]
+    training.best = checkpoint["best"]
+    if checkpoint["cmc"]:
+        training.latest = Metrics(np.array(checkpoint["cmc"]), checkpoint["mAP"], checkpoint["mINP"])

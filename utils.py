@@ -1,4 +1,4 @@
-"""What every script needs and no file owns: errors, whole files, shared flags, signals, the log; no torch."""
+"""What every script needs and no file owns: errors, the log, whole files, shared flags; without torch."""
 
 import argparse
 import contextlib
@@ -6,11 +6,8 @@ import logging
 import math
 import os
 import signal
-import socket
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -80,56 +77,6 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-# Signals
-
-
-class Stopped(Exception):
-    """The run was asked to stop, by SIGTERM or Ctrl-C; signum says which."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
-@contextlib.contextmanager
-def stop_signals(patience: float = 0.0) -> Iterator[list[int]]:
-    """Yield a list that gets the number of each SIGTERM and SIGINT: look at it where stopping is safe.
-
-    The second signal ends the process at once; not within `patience` seconds of the first, for a launcher
-    that passes on what the terminal has sent everyone. Python runs a handler between two of its own
-    instructions, and one of them may be a whole backward pass: so a thread watches for the second signal.
-    """
-    received: list[int] = []
-    watched, woken = socket.socketpair()  # the interpreter writes each signal's number to woken at once
-    woken.setblocking(False)
-
-    def watch() -> None:
-        first = None
-        while numbers := watched.recv(1):
-            now = time.monotonic()
-            if first is None:
-                first = now
-            elif now - first >= patience:
-                os._exit(128 + numbers[0])
-
-    def note(signum: int, _: object) -> None:
-        received.append(signum)
-
-    former = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    former_wakeup = signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield received
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(former_wakeup)
-        woken.close()
-        watcher.join()
-        watched.close()
-
-
 # Command lines
 
 
@@ -192,32 +139,18 @@ def device_flags() -> Parser:
     """Flags of every script that runs the network."""
     parser = Parser(add_help=False)
     group = parser.add_argument_group("machine")
-    group.add_argument("--gpu", type=at_least(-1), default=0, metavar="INDEX", help="GPU; -1: the CPU (0)")
+    group.add_argument("--gpu", type=at_least(-1), metavar="INDEX", help="GPU; -1: the CPU (0)")
     workers = min(8, os.cpu_count() or 1)
     group.add_argument(
-        "--workers",
-        type=at_least(1),
-        default=workers,
-        metavar="N",
-        help=f"threads that decode images ({workers})",
-    )
+        "--workers", type=at_least(0), default=workers, metavar="N",
+        help=f"threads that decode images; 0: none besides the main one ({workers})",
+    )  # fmt: skip
     group.add_argument(
-        "--amp",
-        choices=("auto", "bf16", "fp16", "off"),
-        default="auto",
+        "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
         help="precision of the network; auto: the fastest native one; off: float32 (auto)",
-    )
+    )  # fmt: skip
     group.add_argument(
         "--test-batch", "--test-batch-size", type=at_least(1),
         default=64, metavar="IMAGES", help="batch of evaluation and memory building (64)",
     )  # fmt: skip
     return parser
-
-
-def typed_flags(parser: Parser, argv: list[str] | None = None) -> dict[str, object]:
-    """What the user typed, and no defaults: {dest: value}."""
-    untouched = object()
-    blank = argparse.Namespace(**{action.dest: untouched for action in parser._actions})
-    return {
-        key: value for key, value in vars(parser.parse_args(argv, blank)).items() if value is not untouched
-    }

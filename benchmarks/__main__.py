@@ -28,7 +28,6 @@ NAMES = (
     "evaluation",
     "reranking",
     "memory_and_loss",
-    "training_input",
     "training_step",
     "extraction",
     "start_up",

@@ -19,6 +19,7 @@ from benchmarks.workload import draw_sysu, training_of
 from data_loader import evaluation_batches
 from images import read_image
 from model import extract_features
+from train import rebuild_memory
 from training import Training
 from utils import MODALITIES
 
@@ -42,7 +43,7 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
             wait_for(device)
 
         def rebuild() -> None:
-            training.rebuild_memory(0)
+            rebuild_memory(training, 0)
             wait_for(device)
 
         def embed() -> None:
@@ -91,7 +92,7 @@ def embed_one(training: Training, pixels, modality: str) -> torch.Tensor:
 
 def check_rebuilding(training: Training) -> None:
     """The tables are normalised class means of features embedded one by one (of two classes, to be brief)."""
-    training.rebuild_memory(0)
+    rebuild_memory(training, 0)
     for modality in ("visible", "infrared"):
         labels, images = training.loader.labels[modality], training.loader.images[modality]
         for label in (0, 5):

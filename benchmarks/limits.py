@@ -122,7 +122,7 @@ def main(device: str = "cpu") -> None:
         training.bank.reset({m: torch.randn_like(training.bank.shared.proxies) for m in MODALITIES})
 
         def step():
-            train_one_epoch(training, islice(training.loader.epoch(0), 1), 1, 0)
+            train_one_epoch(training, islice(training.loader.epoch(0), 1), 0)
 
         print(f"a step of train_one_epoch: {compare(step, step, 3)[1]:.2f} s")
         with torch.profiler.profile() as profile:

@@ -9,9 +9,8 @@ from PIL import Image
 
 import data_manager
 from devices import Processes
-from flags import parse_training_args
 from images import array_files, fingerprint
-from training import Training
+from training import Training, build_training, parse_args
 
 CAMERAS = {"visible": (1, 2, 4, 5), "infrared": (3, 6)}
 TEST_IDS = 4
@@ -68,7 +67,5 @@ def _write(root: Path, camera: int, pid: int, index: int, content: bytes) -> Non
 def training_of(root: Path, device: str, *words: object) -> Training:
     """What train.py trains with on the dataset under root, given the words of its command line besides."""
     gpu = -1 if device == "cpu" else 0
-    args = parse_training_args(
-        ["--data-path", str(root), "--weights", "none", "--gpu", str(gpu), *map(str, words)]
-    )
-    return Training(args, 1, None, Processes(), lambda **_: None)
+    args = parse_args(["--data-path", str(root), "--weights", "none", "--gpu", str(gpu), *map(str, words)])
+    return build_training(args, None, Processes())

@@ -13,7 +13,6 @@ from PIL import Image
 import synthetic
 import train
 from data_manager import class_labels, train_samples
-from flags import parse_training_args
 from images import write_training_arrays
 from utils import run_script as run_main
 
@@ -89,7 +88,7 @@ def train_here(tmp_path, monkeypatch, capsys):
         argv = list(map(str, args))
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with pytest.raises(SystemExit) as exit_:
-            run_main(train.main, lambda: parse_training_args(argv))
+            run_main(train.main, lambda: argv)
         captured = capsys.readouterr()
         return exit_.value.code or 0, captured.out, captured.err.strip().splitlines()
 

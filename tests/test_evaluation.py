@@ -87,7 +87,7 @@ def test_processes_share_the_images(sysu, kept):
     for rank in range(2):
         evaluated = Evaluation(sysu, [ALL], [0], 32, 16)
         processes = Processes()
-        processes.rank, processes.world_size, processes.sum = rank, 2, lambda tensor: tensor
+        processes.rank, processes.world_size, processes.all_reduce = rank, 2, lambda tensor: tensor
         if kept:
             evaluated.load(1, processes)
             for modality, rows in evaluated.rows.items():

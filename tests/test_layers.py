@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARY = (  # each may import those before it
     "utils", "devices", "checkpoints", "images", "augmentation", "data_manager", "data_loader", "memory",
-    "loss", "model", "reranking", "eval_metrics", "evaluation", "flags", "runs", "training",
+    "loss", "model", "reranking", "eval_metrics", "evaluation", "runs", "training",
     "synthetic.people", "synthetic", "results",
 )  # fmt: skip
 COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}

@@ -1,6 +1,7 @@
 """runs.py: names that tell runs apart, one writer at a time, logs and checkpoints that fit together."""
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +10,8 @@ import pytest
 import torch
 
 from checkpoints import load_checkpoint, save_checkpoint
-from flags import parse_training_args
-from runs import (
-    MAY_CHANGE,
-    STATE_OF_TRAINING,
-    Run,
-    environment,
-    open_run,
-    run_name,
-    versions,
-)
+from runs import MAY_CHANGE, Run, environment, run_name, versions
+from training import STATE, dataset_defaults, get_args_parser, open_run, parse_args
 from utils import UserError, log, log_to_terminal
 
 NET = {"w": torch.zeros(3)}
@@ -29,13 +22,17 @@ OTHER = {
     "weights": "none", "epochs": 3, "lr": 0.1, "warmup_epochs": 1, "decay_epochs": [1, 2], "batch_size": 2,
     "num_pos": 1, "pad": 2, "proxies": "both", "seed": 5, "deterministic": True, "compile": True,
     "mode": "indoor", "select": "val", "eval_start": 0, "eval_every": 1, "model_path": "models",
-    "log_path": "logs", "resume": "auto", "overwrite": True, "check": True,
+    "log_path": "logs", "name": "mine", "resume": "auto", "overwrite": True, "check": True,
 }  # fmt: skip
 
 
+def defaults_of(dataset="sysu"):
+    return vars(get_args_parser().parse_args([])) | dataset_defaults(dataset) | {"dataset": dataset}
+
+
 def name_of(words="", **changes):
-    args = parse_training_args(words.split())
-    return run_name(vars(args) | changes, args.defaults)
+    args = parse_args(words.split())
+    return run_name(vars(args) | changes, defaults_of(args.dataset))
 
 
 @pytest.fixture
@@ -51,25 +48,32 @@ def run(tmp_path):
 
 def test_the_name_of_a_plain_run():
     assert name_of() == "sysu_p4_n8_lr0.00035_seed0"
-    assert name_of("--dataset regdb --trial 3") == "regdb_p5_n8_lr0.00035_seed0_trial_3"
-    assert name_of("--dataset llcm --stem shared") == "llcm_p4_n8_lr0.00035_seed0_stem-shared"
+    assert name_of("--dataset regdb --trial 3") == "regdb_p5_n8_lr0.00035_seed0"
+    assert parse_args(["--dataset", "llcm"]).name == "llcm_p4_n8_lr0.00035_seed0"
+    assert re.fullmatch(r"llcm_p4_n8_lr0\.00035_seed0_[0-9a-f]{6}", name_of("--dataset llcm --stem shared"))
+
+
+def test_a_run_is_named_as_the_user_says(tmp_path):
+    args, run, _ = open_run(["--name", "my first/run", "--model-path", str(tmp_path), "--dataset", "regdb"])
+    assert args.name == "my first/run"
+    assert run.last == tmp_path / "my-first-run_trial_1_last.t"
 
 
 def test_every_setting_is_in_the_name_unless_it_may_change_within_a_run():
-    defaults = parse_training_args([]).defaults
+    defaults = defaults_of()
     assert OTHER.keys() | {"dataset", "trial"} == defaults.keys()  # a new flag wants a value here
     assert defaults.keys() > MAY_CHANGE
     names = {key: name_of(**{key: value}) for key, value in OTHER.items()}
     for key, name in names.items():
         assert (name == name_of()) is (key in MAY_CHANGE), key
-    telling = [name for key, name in names.items() if key not in MAY_CHANGE]
-    assert len(set(telling)) == len(telling)
+    fixed = [name for key, name in names.items() if key not in MAY_CHANGE]
+    assert len(set(fixed)) == len(fixed)
+    assert max(map(len, names.values())) < 50
 
 
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ({"lr": 0.0003500001}, {"lr": 0.0003500002}),
         ({"weights": "a/b.pth"}, {"weights": "a-b.pth"}),
         ({"weights": "a/" * 99 + "b.pth"}, {"weights": "a/" * 99 + "c.pth"}),
         ({"weights": "w_amp-off"}, {"weights": "w", "amp": "off"}),
@@ -80,14 +84,12 @@ def test_settings_that_look_alike_have_different_names(one, other):
     assert name_of(**one) != name_of(**other)
 
 
-@pytest.mark.parametrize("weights", ["/models/my model (1)*?.pth", "../../x", "ü" * 100, "x" * 500, "a\nb"])
+@pytest.mark.parametrize("weights", ["/models/my model (1)*?.pth", "../../x", "ü" * 100, "a\nb", "\udcff"])
 def test_a_name_is_one_that_a_file_can_have(weights, tmp_path):
     everything = OTHER | {"weights": weights, "mode": "infrared-to-visible"}
-    name = name_of("--dataset regdb --trial 10", **everything)
-    assert name.endswith("_trial_10")
-    assert Path(name).name == name
-    assert not set(" *?()\n{}") & set(name)
-    run = Run(name, "regdb", tmp_path, tmp_path / "log")
+    run = Run(name_of("--dataset regdb", **everything), "regdb", tmp_path, tmp_path / "log", trial=10)
+    assert run.name.endswith("_trial_10")
+    assert Path(run.name).name == run.name
     run.acquire()  # makes files of that name
     run.save({"net": NET}, True, "the best")
     run.release()
@@ -106,22 +108,16 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("locked", ["save_model", "log/sysu_log"])
-def test_the_lock_refuses_a_second_process_and_ends_with_the_first(tmp_path, locked):
+def test_the_lock_refuses_a_second_process_and_ends_with_the_first(tmp_path):
     folders = tmp_path / "save_model", tmp_path / "log"
     run = Run("toy_p4", "sysu", *folders)
     run.acquire()
     run.release()
-    command = [
-        sys.executable,
-        "-c",
-        HOLD,
-        tmp_path / locked / ".toy_p4.lock",
-    ]
+    command = [sys.executable, "-c", HOLD, folders[0] / ".toy_p4.lock"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout.readline() == "held\n"
-            with pytest.raises(UserError, match=rf"^another process is training toy_p4 in .*{locked} right"):
+            with pytest.raises(UserError, match=r"^another process is training toy_p4 in .*save_model right"):
                 run.acquire()
             other = Run("toy_p5", "sysu", *folders)  # another run is not in the way
             other.acquire()
@@ -158,7 +154,6 @@ def test_best_says_how_it_was_chosen_and_is_without_the_state_of_training(run):
         "epoch": 1,
         "optimizer": {"lr": 1},
         "scaler": {},
-        "log_size": 3,
         "args": {"a": 1},
     }
     run.save(checkpoint, is_best=False, selection="by rank-1")
@@ -191,93 +186,83 @@ def test_remove_takes_all_of_the_run_and_nothing_else(run, tmp_path):
     run.remove()  # and again, with nothing there
 
 
-def test_the_log_goes_on_where_the_checkpoint_was_made(run, caplog):
+def test_the_log_is_appended_to(run, caplog):
     caplog.set_level(logging.INFO, log.name)
-    run.open_log()
-    log.info("epoch 1")
-    size = run.log_size()
-    log.info("epoch 2, which the resumed run repeats")
-    run.release()
-    log.info("not for this log")
-    run.open_log(size)
-    log.info("epoch 2 again")
-    run.release()
+    for line in ("epoch 1", "epoch 2"):
+        run.open_log()
+        log.info(line)
+        run.release()
+        log.info("not for this log")
     lines = run.log.read_text().splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["epoch 1", "epoch 2 again"]
-    run.open_log(10**6)  # a log that was cut short is not filled up
-    assert run.log_size() == len("\n".join(lines)) + 1
-    run.release()
-    run.open_log(0)
-    assert run.log_size() == 0
+    assert [line.split(" ", 2)[2] for line in lines] == ["epoch 1", "epoch 2"]
 
 
 # --- resuming
 
 
 def arguments(tmp_path, words=""):
-    return parse_training_args(
-        f"--model-path {tmp_path}/save_model --log-path {tmp_path}/log {words}".split()
-    )
+    return ["--model-path", f"{tmp_path}/save_model", "--log-path", f"{tmp_path}/log", *words.split()]
 
 
-def trained(tmp_path, words="", trial=0):
+def trained(tmp_path, words=""):
     """The path of a checkpoint that a run with these settings leaves."""
-    args, run, checkpoint = open_run(arguments(tmp_path, words), trial)
+    args, run, checkpoint = open_run(arguments(tmp_path, words))
     assert checkpoint is None
-    saved = {key: value for key, value in vars(args).items() if key in args.defaults}
-    state = dict.fromkeys(STATE_OF_TRAINING) | {"epoch": 2, "optimizer": {}}
-    save_checkpoint(state | {"net": NET, "args": saved}, run.last)
+    state = dict.fromkeys(STATE) | {"epoch": 2, "optimizer": {}}
+    save_checkpoint(state | {"net": NET, "args": vars(args)}, run.last)
     return run.last
 
 
 def test_resume_auto_finds_the_run_of_these_settings_alone(tmp_path):
     last = trained(tmp_path, "--seed 3")
-    _, run, checkpoint = open_run(arguments(tmp_path, "--seed 3 --resume auto"), 0)
+    _, run, checkpoint = open_run(arguments(tmp_path, "--seed 3 --resume auto"))
     assert (run.last, checkpoint["epoch"]) == (last, 2)
-    assert open_run(arguments(tmp_path, "--seed 4 --resume auto"), 0)[2] is None
-    assert open_run(arguments(tmp_path, "--seed 3"), 0)[2] is None
+    assert open_run(arguments(tmp_path, "--seed 4 --resume auto"))[2] is None
+    assert open_run(arguments(tmp_path, "--seed 3"))[2] is None
+
+
+def test_resume_auto_finds_a_run_that_was_moved(tmp_path):
+    last = trained(tmp_path / "old", "--seed 3")
+    (tmp_path / "new").mkdir()
+    last.parent.rename(tmp_path / "new" / "save_model")
+    args, run, checkpoint = open_run(arguments(tmp_path / "new", "--seed 3 --resume auto"))
+    assert checkpoint["epoch"] == 2
+    assert run.last == tmp_path / "new" / "save_model" / last.name
+    assert args.log_path == f"{tmp_path}/new/log"
 
 
 def test_resuming_a_file_takes_its_settings_and_stays_in_its_folder(tmp_path):
-    last = trained(tmp_path, "--arch resnet18 --num-pos 2 --epochs 4")
-    args, run, checkpoint = open_run(parse_training_args(["--resume", str(last), "--epochs", "9"]), 0)
-    assert (args.arch, args.num_pos, args.epochs) == ("resnet18", 2, 9)
+    last = trained(tmp_path, "--arch resnet18 --num-pos 2 --epochs 4 --name mine")
+    args, run, checkpoint = open_run(["--resume", str(last), "--epochs", "9"])
+    assert (args.arch, args.num_pos, args.epochs, args.name) == ("resnet18", 2, 9, "mine")
     assert (run.last, checkpoint["epoch"]) == (last, 2)
 
 
 def test_what_contradicts_the_resumed_run_is_refused(tmp_path):
     last = trained(tmp_path, "--arch resnet18")
-    open_run(parse_training_args(["--resume", str(last), "--arch", "resnet18"]), 0)
+    open_run(["--resume", str(last), "--arch", "resnet18"])
     with pytest.raises(UserError, match=r"^--num-pos 2 contradicts .*_last\.t, whose run has 4$"):
-        open_run(parse_training_args(["--resume", str(last), "--num_pos", "2"]), 0)
+        open_run(["--resume", str(last), "--num_pos", "2"])
 
 
 def test_a_checkpoint_without_the_state_of_training_cannot_be_resumed(tmp_path):
     save_checkpoint({"net": NET, "epoch": 2, "args": {}}, tmp_path / "run_best.t")
     with pytest.raises(UserError, match=r"run_best\.t holds no state of training: resume from a run's _last"):
-        open_run(parse_training_args(["--resume", str(tmp_path / "run_best.t")]), 0)
-
-
-def test_all_trials_of_regdb_go_on_where_they_are(tmp_path):
-    last = trained(tmp_path, "--dataset regdb --trial all", trial=2)
-    assert last.name.endswith("_trial_2_last.t")
-    words = "--dataset regdb --trial all"
-    assert open_run(arguments(tmp_path, words), 2)[2]["epoch"] == 2
-    assert open_run(arguments(tmp_path, words), 3)[2] is None
-    assert open_run(arguments(tmp_path, words + " --overwrite"), 2)[2] is None
+        open_run(["--resume", str(tmp_path / "run_best.t")])
 
 
 @pytest.mark.parametrize("words", ["", "--dataset regdb", "--dataset regdb --trial 3"])
 def test_a_resumed_trial_of_regdb_stays_its_own_run(words, tmp_path):
-    last = trained(tmp_path, "--dataset regdb --trial 3", trial=3)
-    args, run, _ = open_run(parse_training_args(["--resume", str(last), *words.split()]), 1)
+    last = trained(tmp_path, "--dataset regdb --trial 3")
+    assert last.name.endswith("_trial_3_last.t")
+    args, run, _ = open_run(["--resume", str(last), *words.split()])
     assert (args.dataset, args.trial, run.last) == ("regdb", "3", last)
 
 
 def test_another_trial_than_the_resumed_one_is_refused(tmp_path):
-    last = trained(tmp_path, "--dataset regdb --trial 3", trial=3)
+    last = trained(tmp_path, "--dataset regdb --trial 3")
     with pytest.raises(UserError, match=r"--trial 2 contradicts .*, whose run has 3"):
-        open_run(parse_training_args(["--resume", str(last), "--dataset", "regdb", "--trial", "2"]), 2)
+        open_run(["--resume", str(last), "--dataset", "regdb", "--trial", "2"])
 
 
 # --- what a result depends on

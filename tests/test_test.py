@@ -362,7 +362,7 @@ def test_a_checkpoint_in_the_folder_of_models_is_found_by_its_name(tiny, sysu, e
 
 
 def test_a_model_of_another_dataset_says_so(tiny, regdb, evaluate, tmp_path):
-    path = write_tiny(tmp_path / "s.t", args={"dataset": "sysu", "img_h": 32, "img_w": 16, "trial": "0"})
+    path = write_tiny(tmp_path / "s.t", args={"dataset": "sysu", "img_h": 32, "img_w": 16})
     written = evaluate("--resume", path, "--data-path", regdb, "--dataset", "regdb", "--trial", 2)
     assert "trained on SYSU-MM01" in written.out.splitlines()[1]
     with pytest.raises(UserError, match="--trial N"):
@@ -496,9 +496,9 @@ def test_bad_input_is_refused_in_one_line(sysu, regdb, sysu_flags, trials_of_reg
         ("cannot write .*empty: it is a folder", *sysu_flags, "--json", tmp_path / "empty"),
         ("cannot write .*file/feature_cam1.mat", *sysu_flags, "--save-mat", tmp_path / "file"),
     ]
-    for setting, value in (("dataset", "market"), ("amp", True), ("img_h", "32"), ("trial", [1])):
+    for setting, value in (("dataset", "market"), ("amp", True), ("img_h", "tall"), ("trial", "x")):
         foreign = write_tiny(tmp_path / f"{setting}.t", args={setting: value})
-        message = rf"{setting}\.t holds a setting that cannot be: --{setting.replace('_', '-')} "
+        message = rf"{setting}\.t: its settings are refused: argument --{setting.replace('_', '-')}:"
         refused.append((message, "--resume", foreign, *rest))
     TinyNetwork.embedded = 0
     for message, *words in refused:

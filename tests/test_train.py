@@ -1,5 +1,6 @@
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,7 @@ from PIL import Image
 import train
 from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import train_samples
-from flags import parse_training_args
-from runs import open_run
+from training import open_run, parse_args
 
 TERMS = ("shared", "visible", "infrared", "aux", "align", "center")
 
@@ -45,17 +45,17 @@ def test_learning_rate(decay, expected):
 
 
 def test_what_was_typed_wins_over_the_defaults_of_the_dataset():
-    args = parse_training_args(
+    args = parse_args(
         ["--dataset", "regdb", "--num-pos", "4", "--decay-epochs", "20", "40", "--img-h", "384"]
     )
     assert (args.num_pos, args.decay_epochs, args.img_h) == (4, [20, 40], 384)  # SYSU-MM01's, but typed
-    args = parse_training_args(["--dataset", "regdb"])
+    args = parse_args(["--dataset", "regdb"])
     assert (args.num_pos, args.decay_epochs, args.img_h, args.img_w) == (5, [30, 60], 288, 144)
     assert args.mode == "visible-to-infrared"
 
 
 def test_the_released_spelling_of_flags():
-    args = parse_training_args(
+    args = parse_args(
         ["--num_pos", "7", "--img_w=24", "--model_path", "a_b", "--log_path", "c_d", "--batch_size", "3"]
     )
     assert (args.num_pos, args.img_w, args.model_path, args.batch_size) == (7, 24, "a_b", 3)
@@ -87,13 +87,14 @@ def test_a_run_writes_its_files_and_no_others(trained):
     events = only(folder, f"log/vis_log/{log.stem}/events.*")
     expected = [log, events, *(folder / "save_model" / f"{log.stem}_{which}.t" for which in ("best", "last"))]
     assert files(folder) == [str(path.relative_to(folder)) for path in expected]
-    assert log.stem.startswith("sysu_p2_n4_lr0.00035_seed0_")
+    assert re.fullmatch(r"sysu_p2_n4_lr0\.00035_seed0_[0-9a-f]{6}", log.stem)
     logged = [line[20:] for line in log.read_text().splitlines()]
     assert logged[0].startswith("command: python ")  # the first lines tell how to do it again
     assert logged[1].startswith("versions: Python ")
     assert "source " in logged[1]
-    assert logged[2].startswith("training data: 8 identities, 58 visible, 30 infrared images of 32x16, ")
-    assert len(logged[2].rpartition(" ")[2]) == 16
+    assert logged[2].startswith("settings: amp off, arch resnet18, array_path None, batch_size 4, ")
+    assert logged[3].startswith("training data: 8 identities, 58 visible, 30 infrared images of 32x16, ")
+    assert len(logged[3].rpartition(" ")[2]) == 16
     assert "\n".join(logged) in trained[1].stdout
 
 
@@ -108,14 +109,14 @@ def test_checkpoints_are_read_without_running_code_and_hold_the_result(trained):
     assert last["args"]["mode"] == "all"
     assert "optimizer" in last
     assert "optimizer" not in best
-    assert "test split" in best["selection"]
+    assert "highest mAP on the test split" in best["selection"]
     assert best["best"] == last["best"]
     assert best["epoch"] == best["best"]["epoch"]
     for checkpoint in (best, last):
         line = done.stdout.split("\n  SYSU-MM01")[checkpoint["epoch"]]
         assert f"rank-1 {100 * checkpoint['cmc'][0]:.2f}" in line
         assert f"mAP {100 * checkpoint['mAP']:.2f}  mINP {100 * checkpoint['mINP']:.2f}" in line
-    assert best["cmc"][0] >= last["cmc"][0]
+    assert best["mAP"] >= last["mAP"]
 
 
 def test_no_epochs_evaluate_and_save_the_untrained_network(sysu, train_here, tmp_path):
@@ -143,7 +144,7 @@ def test_check_does_everything_but_write(sysu, train_here, tmp_path):
         "training data: 8 identities",
         "one step: loss",
         "one evaluation batch",
-        "checkpoints need",
+        "checkpoints: about",
     ):
         assert words in output
     assert output.splitlines()[-1].startswith("check passed")
@@ -169,14 +170,9 @@ def test_check_refuses_what_cannot_be_written(sysu, train_here, tmp_path):
 
 
 def test_select_val_trains_without_the_val_ids_and_evaluates_on_them(sysu, train_here, tmp_path, monkeypatch):
-    seen = {}
-
-    class Spy(train.Training):
-        def __init__(self, *args):
-            super().__init__(*args)
-            seen["training"] = self
-
-    monkeypatch.setattr(train, "Training", Spy)
+    built = []
+    build = train.build_training
+    monkeypatch.setattr(train, "build_training", lambda *args: built.append(build(*args)) or built[0])
     status, output, _ = train_here(*tiny_flags(sysu), "--epochs", 1, "--select", "val")
     assert status == 0
     val = {int(pid) for pid in (sysu / "exp" / "val_id.txt").read_text().split(",")}
@@ -184,7 +180,7 @@ def test_select_val_trains_without_the_val_ids_and_evaluates_on_them(sysu, train
     assert not val & set(kept["visible"].pids)
     counts = f"{len(kept['visible'].pids)} visible, {len(kept['infrared'].pids)} infrared"
     assert f"training data: {8 - len(val)} identities, {counts}" in output
-    evaluated = [samples.pids for samples in seen["training"].evaluation.all_samples()]
+    evaluated = [samples.pids for samples in built[0].evaluation.all_samples()]
     assert set(np.concatenate(evaluated)) == val
     best = load_checkpoint(only(tmp_path, "work/save_model/*_best.t"))
     assert "val ids" in best["selection"]
@@ -194,7 +190,7 @@ def test_select_val_trains_without_the_val_ids_and_evaluates_on_them(sysu, train
 def test_select_last_chooses_no_best(sysu, train_here, tmp_path):
     status, output, _ = train_here(*tiny_flags(sysu), "--epochs", 1, "--select", "last")
     assert status == 0
-    assert "best" not in output.replace("best epoch", "")
+    assert "best" not in output
     assert [path.name[-7:] for path in tmp_path.glob("work/save_model/*.t")] == ["_last.t"]
 
 
@@ -260,7 +256,7 @@ def test_settings_come_from_the_checkpoint_and_some_may_change(trained, monkeypa
         "--test-batch",
         "3",
     ]
-    args, run, checkpoint = open_run(parse_training_args(["--resume", str(last), *changes]), 1)
+    args, run, checkpoint = open_run(["--resume", str(last), *changes])
     assert run.last == last
     assert checkpoint["epoch"] == 2
     assert (args.epochs, args.workers, args.gpu, args.data_path) == (9, 2, 1, "elsewhere")
@@ -333,7 +329,7 @@ def test_a_run_that_is_there_is_not_overwritten(sysu, trained, train_here):
         ("--log-path FILE", ["FILE"]),
         ("--resume FILE", ["FILE"]),
         ("--weights FILE", ["FILE"]),
-        ("--dataset regdb --trial 11", ["--trial 11", "1 to 10"]),
+        ("--dataset regdb --trial 11", ["--trial", "11", "1 to 10"]),
     ],
 )
 def test_bad_input_is_refused_by_name(sysu, train_here, tmp_path, capsys, flags, words):
@@ -352,7 +348,7 @@ def test_bad_input_is_refused_by_name(sysu, train_here, tmp_path, capsys, flags,
     assert files(tmp_path / "work") == []
 
 
-def test_a_checkpoint_with_settings_that_cannot_be_is_refused(trained, train_here, tmp_path):
+def test_a_checkpoint_with_impossible_settings_is_refused(trained, train_here, tmp_path):
     checkpoint = load_checkpoint(only(trained[0], "save_model/*_last.t"))
     for name, value in (("trial", "x"), ("batch_size", 0), ("lr", "fast"), ("deterministic", 1)):
         path = tmp_path / f"{name}_last.t"
@@ -360,7 +356,7 @@ def test_a_checkpoint_with_settings_that_cannot_be_is_refused(trained, train_her
         status, _, errors = train_here("--resume", path)
         assert status == 2
         flag = f"--{name.replace('_', '-')}"
-        assert errors == [f"train.py: error: {path} holds a setting that cannot be: {flag} {value!r}"]
+        assert errors[0].startswith(f"train.py: error: {path}: its settings are refused: argument {flag}: ")
 
 
 def test_gpus_that_are_not_there(sysu, train_here, tmp_path, monkeypatch):
@@ -465,19 +461,19 @@ def test_broken_datasets_are_refused_by_name(copy, train_here, tmp_path, case):
     assert files(tmp_path / "work") == []
 
 
-def test_broken_test_images_are_listed_by_a_check_and_after_the_first_epoch(copy, train_here, tmp_path):
+def test_broken_test_images_are_listed_before_the_first_epoch(copy, train_here, tmp_path):
     pids = [int(pid) for pid in (copy / "exp" / "test_id.txt").read_text().split(",")]
     bad = [sorted((copy / f"cam{camera}").glob(f"{pid:04d}/*.jpg")) for camera in (3, 6) for pid in pids]
     bad = [images[0] for images in bad if images][:2]
     bad[0].write_bytes(b"")
     bad[1].write_bytes(bad[1].read_bytes()[:200])
-    for words, epochs in (["--check"], 0), (["--epochs", 3, "--eval-start", 2], 1):
+    for words in (["--check"], ["--epochs", 3, "--eval-start", 2]):
         status, output, errors = train_here(*tiny_flags(copy), *words)
         assert status == 2
         assert len(errors) == 1, errors
         assert all(str(path) in errors[0] for path in bad)
-        assert output.count("\nepoch ") == epochs
-    assert load_checkpoint(only(tmp_path, "work/save_model/*_last.t"))["epoch"] == 1
+        assert "epoch 1" not in output
+    assert files(tmp_path / "work") == []
 
 
 def test_what_datasets_collect_is_passed_over(copy, train_here):

@@ -1,25 +1,17 @@
-"""Training input on one device: three augmented images a triplet, from sampling to float tensors.
+"""The input of the plain training loop, as anyone first writes it.
 
-    python -m benchmarks.training_input
-
-The baseline is what anyone first writes: identities and images picked in a loop, each image through
-torchvision's transforms by itself, the batch stacked. Given the same draws both make the same images.
+Identities and images are picked in a loop, each image goes through the transforms of torchvision by itself,
+and the batch is stacked. Given the same draws, it makes the same images as augmentation.augment.
 """
 
 import random
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.transforms import functional as transforms
 
-from augmentation import Draws, augment, crop, draw_augmentation, finish
-from benchmarks.timing import compare, wait_for
-from data_loader import IdentityBatches, TrainLoader
+from augmentation import Draws, augment, draw_augmentation
 from utils import MODALITIES
-
-HEIGHT, WIDTH = 384, 128
 
 
 def augment_one(image: np.ndarray, draw: dict) -> torch.Tensor:
@@ -83,15 +75,13 @@ def baseline_step(
 
 
 def check(images: np.ndarray, device: str) -> None:
-    """The baseline's augmentation and both of ours agree, given the same draws."""
+    """This augmentation and ours agree, given the same draws, on images (n, H, W, 3) uint8."""
     rng = np.random.default_rng(0)
     for modality in MODALITIES:
         draws = draw_augmentation(rng, len(images), *images.shape[1:3], modality, "sysu")
         theirs = torch.stack([augment_one(image, draw_of(draws, k)) for k, image in enumerate(images)])
-        on_device = augment(torch.from_numpy(images).to(device), draws).cpu()
-        on_host = finish(crop(images, np.arange(len(images)), draws), draws)
-        for ours in (on_device, on_host):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+        ours = augment(torch.from_numpy(images).to(device), draws).cpu()
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def draw_of(draws: Draws, k: int) -> dict:
@@ -100,51 +90,3 @@ def draw_of(draws: Draws, k: int) -> dict:
     return {
         name: value.tolist() if isinstance(value, np.generic) else value for name, value in values.items()
     }
-
-
-def run(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Measure; the rows of the table of benchmarks."""
-    classes, per_class = (8, 4) if quick else (40, 25)
-    batch_size, num_pos, steps, repeats = (4, 2, 2, 3) if quick else (8, 4, 8, 7)
-    rng = np.random.default_rng(0)
-    with tempfile.TemporaryDirectory() as folder:
-        images, labels, rows_of = {}, {}, {}
-        for modality in ("visible", "infrared"):
-            file = Path(folder, f"{modality}.npy")
-            shape = (classes * per_class, HEIGHT, WIDTH, 3)
-            np.save(file, rng.integers(0, 256, shape, dtype=np.uint8))
-            images[modality] = np.load(file, mmap_mode="r")
-            labels[modality] = np.arange(classes).repeat(per_class)
-            rows_of[modality] = {k: np.flatnonzero(labels[modality] == k).tolist() for k in range(classes)}
-        check(np.array(images["visible"][:16]), device)
-
-        batches = IdentityBatches(labels, batch_size, num_pos, seed=0)
-        loader = TrainLoader(images, labels, batches, "sysu", torch.device(device), seed=0)
-
-        def baseline() -> None:
-            for _ in range(steps):
-                baseline_step(images, rows_of, batch_size, num_pos, device)
-            wait_for(device)
-
-        def ours() -> None:
-            for _, _batch in zip(range(steps), loader.epoch(0), strict=False):
-                pass
-            wait_for(device)
-
-        baseline_s, ours_s = compare(baseline, ours, repeats)
-    count = steps * batch_size * num_pos * 3
-    return [
-        {
-            "work": f"training input, {count} augmented {HEIGHT}x{WIDTH} images",
-            "baseline_s": baseline_s,
-            "ours_s": ours_s,
-            "ratio": baseline_s / ours_s,
-            "bound": 5.0,
-            "note": f"{count / ours_s:.0f} images/s, baseline {count / baseline_s:.0f}; cache {loader.cache}",
-        }
-    ]
-
-
-if __name__ == "__main__":
-    for row in run():
-        print(row)
