@@ -1,4 +1,4 @@
-"""Checkpoints and weights on disk: read without ever running code, written whole or not at all."""
+"""Checkpoints and weights on disk: read without ever running code, written completely or not at all."""
 
 import errno
 import os
@@ -36,11 +36,9 @@ def read_torch_file(path: str | os.PathLike) -> object:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that one: a zip file cut short
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         holds_code = "unsupported global" in str(error).lower()
-        reason = (
-            "it asks to run code, which is never done"
-            if holds_code
-            else "it is not a whole file of torch.save's"
-        )
+        reason = "it is not a complete file of torch.save's"
+        if holds_code:
+            reason = "it asks to run code, which is never done"
         raise UserError(f"{path} is refused: {reason}") from error
 
 
@@ -51,10 +49,15 @@ def is_state_dict(value: object) -> bool:
     )
 
 
-def load_weights(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """A state dict from a file, bare or under `state_dict` or `model`; else UserError naming path."""
+def load_weights(path: str | os.PathLike) -> dict:
+    """A state dict from a file, bare or under `state_dict` or `model`, or a whole checkpoint, with `net`.
+
+    Raises UserError naming path for anything else.
+    """
     weights = read_torch_file(path)
     if isinstance(weights, dict):
+        if is_state_dict(weights.get("net")):
+            return weights
         weights = weights.get("state_dict", weights.get("model", weights))
     if not is_state_dict(weights):
         raise UserError(f"{path} holds no state dict")
@@ -73,7 +76,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
 
 
 def save_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
-    """Write a checkpoint whole or not at all: path keeps its former content until the new file is on disk."""
+    """Write a checkpoint; path keeps its former content until the new file is completely on disk."""
     with whole_file(path) as temporary:
         try:
             torch.save(checkpoint, temporary)
@@ -82,4 +85,4 @@ def save_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
         except RuntimeError as error:  # torch's zip writer reports a full disk so, not as an OSError
             if "CUDA" in str(error):
                 raise
-            raise OSError(errno.ENOSPC, "torch could not write it whole: is the disk full?") from error
+            raise OSError(errno.ENOSPC, "torch could not write all of it: is the disk full?") from error

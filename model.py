@@ -100,10 +100,15 @@ def imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
 class TwoStreamResNet(nn.Module):
     """Images of either modality to BNNeck outputs; L2-normalised, these are *the* features.
 
-    arch: "resnet50" (D = 2048) or "resnet18" (D = 512). stem: "two-stream" (conv1 and bn1 per modality;
-    visible and aux images share the visible one) or "shared" (one for all, as in the released code). weights:
-    None (random), "imagenet", or a file with a state dict of torchvision's. Raises UserError for weights that
-    cannot be had or do not fit.
+    Args:
+        arch: "resnet50" (D = 2048) or "resnet18" (D = 512).
+        stem: "two-stream" (conv1 and bn1 per modality; visible and aux images share the visible one) or
+            "shared" (one for all, as in the released code).
+        weights: where training starts: None (random); "imagenet"; or a file: a state dict of torchvision's,
+            or a checkpoint of this project or of the released code, whose shared stem fits either stem.
+
+    Raises:
+        UserError: weights that cannot be found or do not fit.
     """
 
     def __init__(self, arch: str = "resnet50", stem: str = "two-stream", weights: str | None = None):
@@ -112,8 +117,11 @@ class TwoStreamResNet(nn.Module):
             raise ValueError(f"arch is one of {ARCHS} and stem of {STEMS}, not {arch!r}, {stem!r}")
         self.arch, self.stem = arch, stem
         resnet = torchvision.models.get_model(arch)
+        initial = {}
         if weights is not None:
-            load_backbone(resnet, weights, arch)
+            initial = imagenet_weights(arch) if weights == "imagenet" else load_weights(weights)
+        if initial and "net" not in initial:
+            load_backbone(resnet, initial, f"--weights {weights}")
         first = resnet.layer4[0]
         (first.conv2 if arch == "resnet50" else first.conv1).stride = (1, 1)
         first.downsample[0].stride = (1, 1)
@@ -128,6 +136,8 @@ class TwoStreamResNet(nn.Module):
         self.dim = resnet.fc.in_features
         self.neck = nn.BatchNorm1d(self.dim)
         self.neck.bias.requires_grad_(False)
+        if "net" in initial:
+            start_from(self, initial, f"--weights {weights}")
 
     def pooled(
         self, visible: torch.Tensor | None = None, infrared: torch.Tensor | None = None
@@ -160,22 +170,36 @@ def with_non_local(layer: nn.Sequential, count: int) -> nn.Sequential:
     return nn.Sequential(*blocks)
 
 
-def load_backbone(resnet: nn.Module, weights: str | os.PathLike, arch: str) -> None:
-    """Load ImageNet weights ("imagenet") or those of a file into a torchvision ResNet, its fc aside."""
-    state = imagenet_weights(arch) if weights == "imagenet" else load_weights(weights)
+def load_backbone(resnet: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load a state dict of torchvision's into a torchvision ResNet, its fc aside; source is for messages."""
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    # Weights from before torch counted batches, as torchvision's of 2017, have no such counts.
+    # Weights older than torch's count of batches, as torchvision's of 2017, have no such counts.
     unneeded = {
         k: v
         for k, v in resnet.state_dict().items()
         if k.startswith("fc.") or k.endswith("num_batches_tracked")
     }
-    load_strictly(resnet, unneeded | state, f"--weights {weights}")
+    load_strictly(resnet, unneeded | state, source)
+
+
+def start_from(model: TwoStreamResNet, checkpoint: dict, source: str) -> None:
+    """Load the network of a checkpoint into model; a shared stem becomes both of a two-stream network."""
+    trained = build_model(checkpoint, source)
+    if trained.arch != model.arch or (trained.stem, model.stem) == ("two-stream", "shared"):
+        raise UserError(
+            f"{source} holds a {trained.arch} with a {trained.stem} stem, which does not fit a {model.arch} "
+            f"with a {model.stem} stem: give --arch and --stem"
+        )
+    state = {}
+    for key, value in trained.state_dict().items():
+        for stem in model.stems if "stems.shared." in key else ("",):
+            state[key.replace("stems.shared.", f"stems.{stem}.")] = value
+    load_strictly(model, state, source)
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """load_state_dict, with what does not fit told in one line that names source."""
+    """load_state_dict; what does not fit is reported in one line that names source."""
     own = module.state_dict()
     misfits = [f"{key} is missing" for key in own if key not in state]
     misfits += [f"{key} is unknown" for key in state if key not in own]

@@ -90,7 +90,7 @@ def test_broken_files_are_refused_in_one_line(content, tmp_path):
     path = tmp_path / "broken.t"
     path.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"broken\.t is refused: it is not a whole file of torch\.save's$"
+        UserError, match=r"broken\.t is refused: it is not a complete file of torch\.save's$"
     ) as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)

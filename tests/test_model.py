@@ -187,6 +187,41 @@ def test_weights_that_do_not_fit_or_are_none_are_refused(tmp_path):
         TwoStreamResNet("resnet18", weights=str(tmp_path / "gone.pth"))
 
 
+def outputs(model):
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(2, 2, 3, 32, 16, generator=generator)
+    with torch.no_grad():
+        return model.eval()(images[0], images[1])
+
+
+@pytest.mark.parametrize(
+    ("stem", "into"), [("two-stream", "two-stream"), ("shared", "shared"), ("shared", "two-stream")]
+)
+def test_training_starts_from_a_trained_network(stem, into, tmp_path):
+    trained = TwoStreamResNet("resnet18", stem)
+    randomise_batch_norms(trained)
+    save_checkpoint(
+        {"net": trained.state_dict(), "args": {"arch": "resnet18", "stem": stem}}, tmp_path / "run.t"
+    )
+    model = TwoStreamResNet("resnet18", into, str(tmp_path / "run.t"))
+    assert model.stem == into
+    torch.testing.assert_close(outputs(model), outputs(trained))
+
+
+def test_training_starts_from_the_released_codes_network_with_either_stem(released):
+    expected = outputs(from_checkpoint(released))
+    for stem in ("shared", "two-stream"):
+        torch.testing.assert_close(outputs(TwoStreamResNet("resnet50", stem, str(released))), expected)
+
+
+@pytest.mark.parametrize(("arch", "stem"), [("resnet18", "shared"), ("resnet50", "two-stream")])
+def test_a_trained_network_of_another_kind_is_refused(arch, stem, tmp_path):
+    net = TwoStreamResNet("resnet18", "two-stream").state_dict()
+    save_checkpoint({"net": net, "args": {"arch": "resnet18", "stem": "two-stream"}}, tmp_path / "run.t")
+    with pytest.raises(UserError, match=r"^--weights .*run\.t holds a resnet18 with a two-stream stem"):
+        TwoStreamResNet(arch, stem, str(tmp_path / "run.t"))
+
+
 def test_imagenet_weights_come_from_torchvision_or_the_user_is_told_what_to_do(monkeypatch):
     state = torchvision.models.resnet18().state_dict()
     # Torchvision's files are as old as that: torch has counted batches since 0.4.1.

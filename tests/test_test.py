@@ -478,7 +478,7 @@ def test_bad_input_is_refused_in_one_line(sysu, regdb, sysu_flags, trials_of_reg
     (tmp_path / "empty").mkdir()
     refused = [
         ("no file at", "--resume", tmp_path / "none.t", *rest),
-        ("not a whole file of torch.save's", "--resume", tmp_path / "file", *rest),
+        ("not a complete file of torch.save's", "--resume", tmp_path / "file", *rest),
         ("no checkpoint at .*nothing_trial_1_best.t, nor of any", "--resume", "nothing_trial_{trial}_best.t"),
         ("only RegDB has", "--resume", "x_{trial}_best.t", "--dataset", "sysu", *rest),
         ("--trial 10: those of SYSU-MM01 are 0 to 9", *sysu_flags, "--trial", 10),
