@@ -71,7 +71,10 @@ class ClusterMemory:
 
 
 class MemoryBank:
-    """The four tables of the method: `shared` (modality-agnostic, hard) and one for each modality (mean)."""
+    """The four tables of the method: `shared` (modality-agnostic, hard) and one for each modality (mean).
+
+    shared_hard: False updates `shared` with means too.
+    """
 
     def __init__(
         self,
@@ -80,28 +83,32 @@ class MemoryBank:
         temperature: float = 0.05,
         shared_momentum: float = 0.1,
         momentum: float = 0.25,
+        shared_hard: bool = True,
         device: torch.device | str | None = None,
     ):
         def table(momentum: float, hard: bool) -> ClusterMemory:
             return ClusterMemory(num_classes, dim, temperature, momentum, hard, device)
 
-        self.shared = table(shared_momentum, hard=True)
+        self.shared = table(shared_momentum, shared_hard)
         self.visible, self.infrared, self.aux = (table(momentum, hard=False) for _ in MODALITIES)
 
     @torch.no_grad()
     def reset(self, class_means: Mapping[str, torch.Tensor]) -> None:
         """Begin an epoch from the mean feature of every class in each modality, {modality: (C, D)}.
 
-        Each modality's table is its means, L2-normalised; `shared` is the mean of the three tables and is not
-        normalised again (a quirk of the released code, kept for parity).
+        Each modality's table is its means, L2-normalised; `shared` is the mean of those tables and is not
+        normalised again (a quirk of the released code, kept for parity). A modality may be missing, as aux is
+        in training without it: its table stays as it was.
         """
-        centers = {modality: F.normalize(class_means[modality].float()) for modality in MODALITIES}
-        for modality in MODALITIES:
-            getattr(self, modality).reset(centers[modality])
-        self.shared.reset(sum(centers.values()) / len(MODALITIES))
+        centers = {modality: F.normalize(means.float()) for modality, means in class_means.items()}
+        for modality, table in centers.items():
+            getattr(self, modality).reset(table)
+        self.shared.reset(sum(centers.values()) / len(centers))
 
     def update(self, features: Mapping[str, torch.Tensor], labels: torch.Tensor) -> None:
-        """Update all four tables with a step's unit features {modality: (n, D)}; labels (n,) serve each."""
-        for modality in MODALITIES:
+        """Update the tables with a step's unit features {modality: (n, D)}; labels (n,) serve each."""
+        modalities = [modality for modality in MODALITIES if modality in features]
+        for modality in modalities:
             getattr(self, modality).update(features[modality], labels)
-        self.shared.update(torch.cat([features[modality] for modality in MODALITIES]), labels.repeat(3))
+        everything = torch.cat([features[modality] for modality in modalities])
+        self.shared.update(everything, labels.repeat(len(modalities)))

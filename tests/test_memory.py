@@ -103,3 +103,32 @@ def test_logits_divide_by_the_temperature_and_choose_the_table():
     feature = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     assert memory.logits(feature).tolist() == [[0.0, 0.0, 0.0]]
     assert memory.logits(feature, historical=True).tolist() == [[2.0, 0.0, 0.0]]
+
+
+def test_a_bank_without_aux_is_of_two_modalities():
+    means = {modality: unit(5, 8, seed=k) for k, modality in enumerate(("visible", "infrared"))}
+    bank = MemoryBank(5, 8)
+    bank.reset(means)
+    torch.testing.assert_close(bank.shared.centers, (means["visible"] + means["infrared"]) / 2)
+    labels, before = torch.tensor([1, 1, 4]), bank.shared.proxies.clone()
+    features = {modality: unit(3, 8, seed=7 + k) for k, modality in enumerate(means)}
+    bank.update(features, labels)
+    expected = naive_update(before, torch.cat(list(features.values())), labels.repeat(2), 0.1, hard=True)
+    torch.testing.assert_close(bank.shared.proxies, expected)
+    assert not bank.aux.proxies.any()
+
+
+def test_a_banks_settings_reach_its_tables():
+    bank = MemoryBank(5, 8, temperature=0.2, shared_momentum=0.6, momentum=0.8, shared_hard=False)
+    means = {modality: unit(5, 8, seed=k) for k, modality in enumerate(MODALITIES)}
+    bank.reset(means)
+    labels = torch.tensor([0, 0, 3])
+    features = {modality: unit(3, 8, seed=7 + k) for k, modality in enumerate(means)}
+    everything, before = torch.cat(list(features.values())), bank.shared.proxies.clone()
+    torch.testing.assert_close(bank.shared.logits(everything), everything @ before.T / 0.2)
+    bank.update(features, labels)
+    for modality in MODALITIES:
+        expected = naive_update(means[modality], features[modality], labels, 0.8, hard=False)
+        torch.testing.assert_close(getattr(bank, modality).proxies, expected)
+    expected = naive_update(before, everything, labels.repeat(3), 0.6, hard=False)
+    torch.testing.assert_close(bank.shared.proxies, expected)
