@@ -1,31 +1,32 @@
 """What the datasets are: layouts, splits, queries, galleries and trials; paths and ids, no pixels.
 
-As a script, check whether a download is complete:
-
-    python data_manager.py --dataset sysu --data-path DIR
-
 The layouts and protocols are those of docs/method.md, section 8.
 """
 
-import argparse
-import contextlib
+import functools
 import os
 import random
 import re
-import sys
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
 import numpy as np
-import scipy.io
 
-from utils import Parser, UserError, log, run_script
+from dataset_files import (
+    Cells,
+    image_paths,
+    listed,
+    number,
+    path_problem,
+    published_order,
+    read_ids,
+    read_index,
+    refuse,
+)
+from utils import UserError, log
 
 CAPTURED = ("visible", "infrared")  # by cameras; aux images are made of visible ones
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 BOTH_WAYS = {"visible-to-infrared": "visible", "infrared-to-visible": "infrared"}
 
 
@@ -42,6 +43,7 @@ class Dataset:
     trials: range
     query_modality: dict[str, str]  # mode -> the modality of its queries; the gallery is of the other
     index_folder: str  # holds the files that list the splits
+    published: dict[tuple[str, int], tuple]  # (mode, shot) -> (queries, gallery images, test identities)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -53,12 +55,24 @@ class Dataset:
         return "infrared" if self.query_modality[mode] == "visible" else "visible"
 
 
-_SYSU_MODES = {"all": "infrared", "indoor": "infrared"}
 DATASETS = {
-    "sysu": Dataset("SYSU-MM01", 384, 128, 4, "sysu", (20, 40), range(10), _SYSU_MODES, "exp"),
-    "regdb": Dataset("RegDB", 288, 144, 5, "regdb", (30, 60), range(1, 11), BOTH_WAYS, "idx"),
-    "llcm": Dataset("LLCM", 384, 144, 4, "sysu", (20, 40), range(10), BOTH_WAYS, "idx"),
-}
+    "sysu": Dataset(
+        "SYSU-MM01", 384, 128, 4, "sysu", (20, 40), range(10),
+        {"all": "infrared", "indoor": "infrared"}, "exp",
+        {
+            ("all", 1): (3803, 301, 96), ("all", 10): (3803, 3010, 96),
+            ("indoor", 1): (3803, 112, 96), ("indoor", 10): (3803, 1120, 96),
+        },
+    ),
+    "regdb": Dataset(
+        "RegDB", 288, 144, 5, "regdb", (30, 60), range(1, 11), BOTH_WAYS, "idx",
+        {(mode, 1): (2060, 2060, 206) for mode in BOTH_WAYS},
+    ),
+    "llcm": Dataset(
+        "LLCM", 384, 144, 4, "sysu", (20, 40), range(10), BOTH_WAYS, "idx",
+        {(mode, 1): (None, None, 351) for mode in BOTH_WAYS},
+    ),
+}  # fmt: skip
 
 # Images in folders camN/PID of these: modality -> camid -> folder. All of SYSU-MM01, LLCM's test split.
 _CAMERA_FOLDERS = {
@@ -78,36 +92,6 @@ _INDEX_WORDS = {
     "llcm": {"visible": "vis", "infrared": "nir"},
 }
 _REGDB_CAMIDS = {"visible": 1, "infrared": 2}
-
-# (splits, modality, camera) -> (identities, images); None where no number is published.
-_PUBLISHED = {
-    "sysu": {
-        (("train",), "both", "all"): (296, None),
-        (("val",), "both", "all"): (99, None),
-        (("train", "val"), "visible", "all"): (395, 22258),
-        (("train", "val"), "infrared", "all"): (395, 11909),
-        (("test",), "visible", "1"): (None, 1374),
-        (("test",), "visible", "2"): (None, 1565),
-        (("test",), "infrared", "3"): (None, 1883),
-        (("test",), "visible", "4"): (None, 1918),
-        (("test",), "visible", "5"): (None, 1918),
-        (("test",), "infrared", "6"): (None, 1920),
-        (("test",), "infrared", "all"): (None, 3803),
-        (("test",), "both", "all"): (96, None),
-    },
-    "regdb": {
-        ((f"{split} {trial}",), modality, str(camid)): (206, 2060)
-        for trial in DATASETS["regdb"].trials
-        for split in ("train", "test")
-        for modality, camid in _REGDB_CAMIDS.items()
-    },
-    "llcm": {
-        (("train",), "both", "all"): (713, None),
-        (("train", "test"), "both", "all"): (1064, 46767),
-    },
-}
-
-Cells = dict[tuple[int, int], list[str]]  # (pid, camid) -> image paths in file-name order; none is empty
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,26 +128,26 @@ def train_samples(
     SYSU-MM01 comes in the order id, camera, file name; RegDB and LLCM in that of their index files, with the
     labels written there as pids. An id of SYSU-MM01 with images in one modality only is left out with a
     warning. camids: RegDB 1 visible, 2 infrared; LLCM by the file name's _cNN_, else 0.
-    UserError: a missing or malformed index file, an image that is not there, an id without images, an id of
-    RegDB or LLCM in one modality only.
+    UserError: a missing or malformed index file, an image file that does not exist, an id without images, an
+    id of RegDB or LLCM in one modality only, images or ids that are in the test split too.
     """
     dataset = DATASETS[_choose("--dataset", name, tuple(DATASETS))]
     trial = _choose("--trial", trial, dataset.trials)
     _choose("split", split, ("trainval", "train") if name == "sysu" else ("trainval",))
+    refuse_shared(name, root, trial)
     if name != "sysu":
         return _index_split(name, root, "train", trial)
 
     cells = _folder_split(name, root, split)
-    pids = {modality: {pid for pid, _ in cells[modality]} for modality in CAPTURED}
+    pids = {modality: {pid for pid, _ in part} for modality, part in cells.items()}
     lonely = pids["visible"] ^ pids["infrared"]
-    if lonely:
-        log.warning("%s: left out of training, in one modality only: id %s", root, _names(lonely))
-    return {
-        modality: _samples(
-            {key: paths for key, paths in part.items() if key[0] not in lonely}, modality, root
-        )
-        for modality, part in cells.items()
-    }
+    if lonely and all(pids.values()):  # a modality without any image is refused, by its name, below
+        log.warning("%s: left out of training, in one modality only: id %s", root, listed(lonely))
+        cells = {
+            modality: {key: paths for key, paths in part.items() if key[0] not in lonely}
+            for modality, part in cells.items()
+        }
+    return {modality: _samples(part, modality, root, split) for modality, part in cells.items()}
 
 
 def class_labels(samples: dict[str, Samples]) -> dict[str, np.ndarray]:
@@ -178,14 +162,15 @@ def query_samples(
     """The query images of a mode (default: the first) in the order id, camera, file name.
 
     RegDB: those of the trial's index file, in its order. split: "test", or, for SYSU-MM01, "val".
-    UserError: an unknown mode, trial or split, a missing or malformed index file, an image that is not there,
-    an id without images.
+    UserError: an unknown mode, trial or split, a missing or malformed index file, an image file that does not
+    exist, an id without images, images or ids that are in the training split too.
     """
     dataset, mode, trial = _protocol(name, mode, trial, split)
     modality = dataset.query_modality[mode]
+    refuse_shared(name, root, trial, split)
     if name == "regdb":
         return _index_samples(name, root, "test", modality, trial)
-    return _samples(_folder_split(name, root, split)[modality], modality, root)
+    return _samples(_folder_split(name, root, split)[modality], modality, root, split)
 
 
 def gallery_samples(
@@ -202,10 +187,10 @@ def gallery_samples(
 
     SYSU-MM01: shot images of each (id, camera) of the mode: drawn by random.Random(trial) ("seeded"), or, for
     the test split, the first of the authors' exp/rand_perm_cam.mat ("published"). LLCM: one seeded image of
-    each (id, camera). RegDB: every image of the trial's index file. allow_short takes what there is where an
-    (id, camera) has fewer than shot images.
+    each (id, camera). RegDB: every image of the trial's index file. allow_short: where an (id, camera) has
+    fewer than shot images, take all of them.
     UserError: as query_samples; too few images without allow_short; a rand_perm_cam.mat that is missing,
-    unreadable, of another shape, or orders other images than those that are there.
+    unreadable, of another shape, or orders other images than the dataset has.
     """
     dataset, mode, trial = _protocol(name, mode, trial, split)
     _choose("--galleries", galleries, ("seeded", "published") if name == "sysu" else ("seeded",))
@@ -221,7 +206,7 @@ def gallery_samples(
     if galleries == "published":
         if split != "test":
             raise UserError(f"--galleries published: published for the test ids, not for {split}")
-        cells = _published_order(root, cells, mode, trial)
+        cells = published_order(root, cells, _SYSU_GALLERY_CAMERAS[mode], trial)
     short = [key for key, paths in cells.items() if len(paths) < shot and not allow_short]
     if short:
         those = ", ".join(f"id {pid} camera {camid} ({len(cells[pid, camid])})" for pid, camid in short)
@@ -231,10 +216,10 @@ def gallery_samples(
         key: paths[:shot] if galleries == "published" else rng.sample(paths, min(shot, len(paths)))
         for key, paths in cells.items()
     }
-    return _samples(drawn, modality, root)
+    return _samples(drawn, modality, root, split)
 
 
-# --- names, ids and lines
+# --- names
 
 
 def _choose(flag: str, value: object, valid: Sequence) -> object:
@@ -242,7 +227,7 @@ def _choose(flag: str, value: object, valid: Sequence) -> object:
     if value is None:
         return valid[0]
     if value not in valid:
-        raise UserError(f"{flag} {value}: choose from {_names(valid)}")
+        raise UserError(f"{flag} {value}: choose from {listed(valid)}")
     return value
 
 
@@ -252,155 +237,60 @@ def _protocol(name, mode, trial, split) -> tuple[Dataset, str, int]:
     return dataset, _choose("--mode", mode, dataset.modes), _choose("--trial", trial, dataset.trials)
 
 
-def _names(values: Iterable) -> str:
-    return ", ".join(map(str, sorted(values) if isinstance(values, set) else values))
-
-
-def _refuse(message: str, problems: list[str] | None) -> None:
-    """Raise UserError; or, for the check, which reports everything at once, append to problems."""
-    if problems is None:
-        raise UserError(message)
-    problems.append(message)
-
-
-def _number(text: str) -> int | None:
-    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None  # 18 digits fit int64
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-    """(line number, line) of what a text file holds, without BOM, CR, trailing commas and blank lines."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: missing; it lists a split of the dataset") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    lines = enumerate((line.strip().rstrip(",").rstrip() for line in text.split("\n")), start=1)
-    return [(number, line) for number, line in lines if line]
-
-
-def _split_pids(name: str, root: str | os.PathLike, split: str) -> list[int]:
-    """The ids of a split, sorted, each once: comma-separated in <split>_id.txt."""
-    pids = set()
-    for part in ("train", "val") if split == "trainval" else (split,):
-        path = Path(root, DATASETS[name].index_folder, f"{part}_id.txt")
-        lines = _lines(path)
-        if not lines:
-            raise UserError(f"{path}: lists no ids")
-        for number, line in lines:
-            for word in filter(None, map(str.strip, line.split(","))):
-                if (pid := _number(word)) is None:
-                    raise UserError(f"{path}, line {number}: {word!r} is not an id")
-                pids.add(pid)
-    return sorted(pids)
+def _protocol(name, mode, trial, split) -> tuple[Dataset, str, int]:
+    dataset = DATASETS[_choose("--dataset", name, tuple(DATASETS))]
+    _choose("split", split, ("test", "val") if name == "sysu" else ("test",))
+    return dataset, _choose("--mode", mode, dataset.modes), _choose("--trial", trial, dataset.trials)
 
 
 # --- splits whose images are found in folders
 
 
-def _image_paths(folder: str, problems: list[str] | None = None) -> list[str]:
-    """The images of a folder in file-name order; none if it does not exist.
+def _id_files(name: str, root: str | os.PathLike, split: str) -> list[Path]:
+    """The files that list the ids of a split of SYSU-MM01, or of LLCM's test split."""
+    parts = ("train", "val") if split == "trainval" else (split,)
+    return [Path(root, DATASETS[name].index_folder, f"{part}_id.txt") for part in parts]
 
-    Hidden files and other suffixes (Thumbs.db, .DS_Store) are passed over. What has an image's name and is no
-    file is refused: leaving it out would silently change every gallery drawn after it.
-    """
-    names = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    continue
-                if entry.is_file():
-                    names.append(entry.name)
-                else:
-                    _refuse(f"{entry.path}: named like an image, but a folder or a dangling link", problems)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        _refuse(f"{folder}: cannot be listed: {error.strerror}", problems)
-    return [os.path.join(folder, name) for name in sorted(names)]
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 def _folder_split(
     name: str, root: str | os.PathLike, split: str, problems: list[str] | None = None
 ) -> dict[str, Cells]:
     """{modality: cells} of a split of SYSU-MM01, or LLCM's test split, in the order id, camera, file name."""
-    pids = _split_pids(name, root, split)
+    pids = sorted({pid for file in _id_files(name, root, split) for pid in read_ids(file)})
+    if others := unknown_cameras(name, root):
+        _warn_once(f"{root}: not read, because {DATASETS[name].title} has no such camera: {listed(others)}")
     cells = {}
     for modality, folders in _CAMERA_FOLDERS[name].items():
         found = {
-            (pid, camid): _image_paths(os.path.join(root, folder, f"{pid:04d}"), problems)
+            (pid, camid): image_paths(os.path.join(root, folder, f"{pid:04d}"), problems)
             for pid in pids
             for camid, folder in folders.items()
         }
         cells[modality] = {key: paths for key, paths in found.items() if paths}
     empty = set(pids) - {pid for part in cells.values() for pid, _ in part}
     if empty:
-        _refuse(f"{root}: no images of the {split} split's id {_names(empty)}", problems)
+        refuse(f"{root}: no images of the {split} split's id {listed(empty)}", problems)
     return cells
 
 
-def _samples(cells: Cells, modality: str, root: str | os.PathLike) -> Samples:
+def _samples(cells: Cells, modality: str, root: str | os.PathLike, split: str) -> Samples:
     keys = np.array([key for key, paths in cells.items() for _ in paths], dtype=np.int64).reshape(-1, 2)
     if not len(keys):
-        raise UserError(f"{root}: the split has no {modality} images to take")
+        raise UserError(f"{root}: the {split} split has no {modality} images")
     return Samples([path for paths in cells.values() for path in paths], keys[:, 0], keys[:, 1], modality)
 
 
-def _read_permutations(path: Path) -> list[np.ndarray]:
-    """Each camera's cells of rand_perm_cam; cell [pid-1] holds (10 trials, images) 1-based positions."""
-    if not path.is_file():
-        raise UserError(
-            f"{path}: missing; the authors of SYSU-MM01 publish it in their evaluation repository "
-            "(wuancong/SYSU-MM01 on GitHub) under evaluation/data_split; --galleries seeded needs none"
-        )
-    try:
-        cells = scipy.io.loadmat(path, variable_names=["rand_perm_cam"])["rand_perm_cam"]
-    except Exception as error:  # a file from a stranger: scipy raises whatever its bytes lead to
-        raise UserError(f"{path}: not a MATLAB file with a variable rand_perm_cam") from error
-    if (
-        cells.shape not in ((6, 1), (1, 6))
-        or cells.dtype != object
-        or any(c.dtype != object for c in cells.flat)
-    ):
-        raise UserError(f"{path}: rand_perm_cam is not a cell array (6, 1) of cell arrays, one cell per id")
-    return [cell.ravel() for cell in cells.flat]
-
-
-def _published_order(root: str | os.PathLike, cells: Cells, mode: str, trial: int) -> Cells:
-    """The cells of a mode with their images in the published order of a trial."""
-    path = Path(root, "exp", "rand_perm_cam.mat")
-    cameras = _read_permutations(path)
-    ordered = {}
-    for pid in _split_pids("sysu", root, "test"):
-        if pid == 0:
-            raise UserError(
-                f"{path}: cannot have a gallery of id 0, which test_id.txt lists: its ids start at 1"
-            )
-        for camid in _SYSU_GALLERY_CAMERAS[mode]:
-            where = f"{path}: id {pid}, camera {camid}"
-            images = cells.get((pid, camid), [])
-            camera = cameras[camid - 1]
-            positions = camera[pid - 1] if pid <= len(camera) else np.empty((10, 0))
-            if positions.size == 0 and not images:
-                continue
-            if positions.ndim != 2 or len(positions) != 10 or positions.dtype.kind not in "uif":
-                raise UserError(f"{where}: {positions.shape} is not the shape (10 trials, images)")
-            row = positions[trial]
-            if row.max(initial=0) > len(images):
-                raise UserError(f"{where}: points to image {row.max():g}, there are {len(images)}")
-            # The positions count the sorted files: one file too many shifts the others, unnoticed.
-            if sorted(row) != list(range(1, len(images) + 1)):
-                raise UserError(
-                    f"{where}: trial {trial} does not order the {len(images)} images that are there"
-                )
-            ordered[pid, camid] = [images[int(position) - 1] for position in row]
-    return ordered
-
-
 # --- splits that index files list
+
+
+def _index_file(name: str, root: str | os.PathLike, split: str, modality: str, trial: int) -> Path:
+    ending = f"_{trial}.txt" if name == "regdb" else ".txt"
+    return Path(root, DATASETS[name].index_folder, f"{split}_{_INDEX_WORDS[name][modality]}{ending}")
 
 
 def _index_samples(
@@ -412,32 +302,26 @@ def _index_samples(
     problems: list[str] | None = None,
 ) -> Samples:
     """The images of an index file, in its order: lines of a relative path, white space and a label."""
-    ending = f"_{trial}.txt" if name == "regdb" else ".txt"
-    file = Path(root, DATASETS[name].index_folder, f"{split}_{_INDEX_WORDS[name][modality]}{ending}")
+    file = _index_file(name, root, split, modality, trial)
     labels, repeated = {}, []
-    for number, line in _lines(file):
-        where = f"{file}, line {number}"
-        path, *label = line.rsplit(None, 1)  # the path itself may hold spaces
-        parts = PureWindowsPath(path)  # knows both kinds of slash, and drives
-        path = os.path.normpath(path)
+    for count, path, label in read_index(file):
+        where = f"{file}, line {count}"
         if not label:
-            _refuse(f"{where}: {line!r} has no label", problems)
-        elif (pid := _number(label[0])) is None:
-            _refuse(f"{where}: the label {label[0]!r} is not a number", problems)
-        elif parts.anchor or ".." in parts.parts:
-            _refuse(f"{where}: {path!r} would be read from outside the dataset", problems)
-        elif "\0" in path or not os.path.isfile(os.path.join(root, path)):
-            _refuse(f"{where}: there is no image file {path!r} in {root}", problems)
+            refuse(f"{where}: {path!r} has no label", problems)
+        elif (pid := number(label)) is None:
+            refuse(f"{where}: the label {label!r} is not a number", problems)
+        elif problem := path_problem(root, path):
+            refuse(f"{where}: {problem}", problems)
         elif path not in labels:
             labels[path] = pid
         elif labels[path] == pid:
-            repeated.append(number)
+            repeated.append(count)
         else:
-            _refuse(f"{where}: {path!r} has label {pid} here and {labels[path]} above", problems)
+            refuse(f"{where}: {path!r} has label {pid} here and {labels[path]} above", problems)
     if repeated:
-        log.warning("%s: the same image again, dropped: line %s", file, _names(repeated))
+        log.warning("%s: images that are listed twice, taken once: line %s", file, listed(repeated))
     if not labels:
-        _refuse(f"{file}: lists no images", problems)
+        refuse(f"{file}: lists no images", problems)
     if name == "regdb":
         camids = [_REGDB_CAMIDS[modality]] * len(labels)
     else:
@@ -461,153 +345,84 @@ def _index_split(
     lonely = set(samples["visible"].pids.tolist()) ^ set(samples["infrared"].pids.tolist())
     if lonely:
         of_trial = f" {trial}" if name == "regdb" else ""
-        _refuse(f"{root}: {split} split{of_trial}, in one modality only: id {_names(lonely)}", problems)
+        refuse(f"{root}: {split} split{of_trial}, in one modality only: id {listed(lonely)}", problems)
     return samples
 
 
-# --- is a download complete?
+# --- what else a split can have wrong
 
 
-def check(name: str, root: str | os.PathLike) -> tuple[list[str], bool]:
-    """Compare a dataset with what is published and decode every image: (lines to print, complete).
+def read_split(
+    name: str,
+    root: str | os.PathLike,
+    split: str,
+    trial: int | None = None,
+    problems: list[str] | None = None,
+) -> dict[str, Samples]:
+    """Every image of a split, {modality: Samples}: "train" or "test", or SYSU-MM01's "val".
 
-    Complete means that every published count matches and that no problem was found: an id without images, an
-    id in two splits, a wrong index line, an image that cannot be decoded. Ids in no split are only noted.
-    UserError: an unknown dataset.
+    A modality without images is left out. Problems are appended to problems, if that is given, not raised.
     """
-    title = DATASETS[_choose("--dataset", name, tuple(DATASETS))].title
-    problems, notes = [], []
-    splits = _all_splits(name, root, problems, notes)
-    paths = [path for parts in splits.values() for part in parts.values() for path in part.paths]
-    problems += _unreadable(paths)
-    rows = _count_rows(splits, _PUBLISHED[name])
-    wrong = sum(row[-1] == "differs" for row in rows)
-
-    table = [("split", "modality", "camera", "ids", "published", "images", "published", ""), *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = [f"{title} in {root}", ""]
-    for row in table:
-        texts = [text.rjust(width) for text, width in zip(row, widths, strict=True)]
-        texts[:2] = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
-        lines.append("  ".join(texts).rstrip())
-    lines += ["", *(f"problem: {problem}" for problem in problems), *(f"note: {note}" for note in notes)]
-    complete = not wrong and not problems
-    lines.append(
-        "complete" if complete else f"not complete: counts that differ {wrong}, problems {len(problems)}"
-    )
-    return lines, complete
+    if name == "regdb" or (name, split) == ("llcm", "train"):
+        return _index_split(name, root, split, trial, problems)
+    cells = _folder_split(name, root, split, problems)
+    return {modality: _samples(part, modality, root, split) for modality, part in cells.items() if part}
 
 
-@contextlib.contextmanager
-def _collecting(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        problems.append(str(error))
-
-
-def _all_splits(
-    name: str, root: str | os.PathLike, problems: list[str], notes: list[str]
-) -> dict[str, dict[str, Samples]]:
-    """{split: {modality: Samples}} of every split that can be read; RegDB's are "train 1", "test 1", …"""
-    splits = {}
-    if name == "regdb":
-        for trial in DATASETS[name].trials:
-            for split in ("train", "test"):
-                with _collecting(problems):
-                    splits[f"{split} {trial}"] = _index_split(name, root, split, trial, problems)
-        return splits
-    if name == "llcm":
-        with _collecting(problems):
-            splits["train"] = _index_split(name, root, "train", 0, problems)
-    known = set()
-    for split in ("train", "val", "test") if name == "sysu" else ("test",):
-        with _collecting(problems):
-            pids = set(_split_pids(name, root, split))
-            if known & pids:
-                problems.append(f"{root}: in {split}_id.txt and in another split: id {_names(known & pids)}")
-            known |= pids
-            cells = _folder_split(name, root, split, problems)
-            splits[split] = {
-                modality: _samples(part, modality, root) for modality, part in cells.items() if part
-            }
-    folders = {
-        folder
-        for cameras in _CAMERA_FOLDERS[name].values()
-        for camera in cameras.values()
-        for folder in Path(root, camera).glob("[0-9]*")
+def unknown_cameras(name: str, root: str | os.PathLike) -> list[str]:
+    """Folders below root that are named like a camera's, such as cam7, and that the layout does not have."""
+    known = {folder for cameras in _CAMERA_FOLDERS[name].values() for folder in cameras.values()}
+    parents = {os.path.dirname(folder) for folder in known}
+    found = {
+        os.path.join(parent, folder.name)
+        for parent in parents
+        for folder in Path(root, parent).glob("cam[0-9]*")
+        if folder.is_dir() and any(folder.iterdir())
     }
-    named = [(_number(folder.name), folder) for folder in folders]
-    extra = {pid for pid, folder in named if pid is not None and _image_paths(str(folder), [])}
-    if extra - known:
-        notes.append(f"{root}: not used, in no split: id {_names(extra - known)}")
-    return splits
+    return sorted(found - known)
 
 
-def _count_rows(splits: dict[str, dict[str, Samples]], published: dict) -> list[tuple[str, ...]]:
-    """The table's rows: one for each split, modality and camera, and one for each published count."""
-    counts = {key: (set(), []) for key in published}  # (splits, modality, camera) -> {(split, pid)}, [images]
-    groups = list(dict.fromkeys([*((split,) for split in splits), *(key[0] for key in published)]))
-    for group, split in [(together, split) for together in groups for split in together]:
-        for modality, part in splits.get(split, {}).items():
-            for camid in np.unique(part.camids):
-                pids = part.pids[part.camids == camid].tolist()
-                camera = (group, modality, str(camid))
-                if len(group) == 1:
-                    counts.setdefault(camera, (set(), []))
-                for key in (camera, (group, modality, "all"), (group, "both", "all")):
-                    if key in counts:
-                        counts[key][0].update((split, pid) for pid in pids)
-                        counts[key][1].append(len(pids))
-    rows = []
-    for key in sorted(
-        counts, key=lambda key: (groups.index(key[0]), (*CAPTURED, "both").index(key[1]), key[2])
-    ):
-        found = len(counts[key][0]), sum(counts[key][1])
-        expected = published.get(key, (None, None))
-        differs = any(want not in (None, have) for have, want in zip(found, expected, strict=True))
-        numbers = ("-" if n is None else f"{n:,}" for pair in zip(found, expected, strict=True) for n in pair)
-        rows.append(("+".join(key[0]), *key[1:], *numbers, "differs" if differs else ""))
-    return rows
+def refuse_shared(name: str, root: str | os.PathLike, trial: int | None = None, split: str = "test") -> None:
+    """UserError if a split that is tested on shares images or identities with the one that is trained on.
+
+    split: "test", or, for SYSU-MM01, "val", whose ids are then not trained on. Compared are what the files
+    of the splits list; a file that does not exist is not compared. RegDB's labels count from 0 in each
+    file: its identities are the folders, unless a folder holds several labels. An LLCM training image's id
+    is its folder's number.
+    """
+    dataset = DATASETS[_choose("--dataset", name, tuple(DATASETS))]
+    if name == "regdb":
+        trial = _choose("--trial", trial, dataset.trials)
+        for modality in CAPTURED:
+            files = [_index_file(name, root, part, modality, trial) for part in ("train", "test")]
+            if all(file.is_file() for file in files):
+                trained, tested = ({path: label for _, path, label in read_index(file)} for file in files)
+                _refuse_both(*files, "image", trained.keys() & tested.keys())
+                _refuse_both(*files, "folder", _identity_folders(trained) & _identity_folders(tested))
+        return
+    (tests,) = _id_files(name, root, split)
+    tested = set(read_ids(tests)) if tests.is_file() else set()
+    if name == "sysu":
+        for file in _id_files(name, root, "trainval" if split == "test" else "train"):
+            if file.is_file():
+                _refuse_both(file, tests, "id", tested & set(read_ids(file)))
+        return
+    for modality in CAPTURED:
+        file = _index_file(name, root, "train", modality, 0)
+        paths = [path for _, path, _ in read_index(file)] if file.is_file() else []
+        trained = {number(os.path.basename(os.path.dirname(path))) for path in paths}
+        _refuse_both(file, tests, "id", tested & trained)
 
 
-def _unreadable(paths: Iterable[str]) -> list[str]:
-    """One line for each image, of those named, that cannot be decoded."""
-    from PIL import Image, UnidentifiedImageError  # only the check needs pixels
-    from tqdm import tqdm
-
-    def trouble(path: str) -> str | None:
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except UnidentifiedImageError:
-            return f"{path}: not an image"
-        except Exception as error:  # a file from a stranger: Pillow raises whatever its bytes lead to
-            return f"{path}: cannot be decoded: {error}"
-        return None
-
-    paths = list(dict.fromkeys(paths))
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        found = list(tqdm(pool.map(trouble, paths), "decoding", len(paths), unit="image", disable=None))
-    return [line for line in found if line]
+def _refuse_both(trained: Path, tested: Path, kind: str, shared: set) -> None:
+    if shared:
+        raise UserError(
+            f"{tested}: also in {trained.name}, and so trained on and tested on: {kind} {listed(shared, 10)}"
+        )
 
 
-def get_args_parser() -> Parser:
-    """The command line of the check."""
-    parser = Parser(description="Check whether a dataset is complete; exit status 0 if it is, 1 if not.")
-    parser.add_argument("--dataset", required=True, choices=DATASETS, help="which dataset")
-    parser.add_argument("--data-path", metavar="DIR", help="the dataset's folder (data/<dataset>)")
-    return parser
-
-
-def main(args: argparse.Namespace) -> int:
-    """Print the check; 0 if the dataset is complete, 1 if not."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what a terminal cannot show
-    lines, complete = check(args.dataset, dataset_root(args.dataset, args.data_path))
-    print("\n".join(lines))
-    return 0 if complete else 1
-
-
-if __name__ == "__main__":
-    run_script(main, get_args_parser().parse_args)
+def _identity_folders(labels: dict[str, str]) -> set[str]:
+    """The folders of {path: label}; none if one of them holds several labels, and so is no identity's."""
+    pairs = {(os.path.dirname(path), label) for path, label in labels.items()}
+    folders = {folder for folder, _ in pairs}
+    return folders if len(folders) == len(pairs) else set()

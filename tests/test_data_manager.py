@@ -1,8 +1,5 @@
 import os
 import random
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +7,17 @@ import pytest
 import scipy.io
 from PIL import Image
 
-import data_manager
 from data_manager import (
     DATASETS,
-    check,
     class_labels,
     dataset_root,
     gallery_samples,
     query_samples,
     train_samples,
 )
+from dataset_files import IMAGE_SUFFIXES
 from utils import UserError
 
-ROOT = Path(__file__).parent.parent
 TRAIN, VAL, TEST = (3, 12), (7,), (2, 40)
 CAMERAS = (1, 2, 3, 4, 5, 6)
 
@@ -328,8 +323,8 @@ def test_ids_without_images(tmp_path):
     write(root / "exp/test_id.txt", "2,41,40,50")
     for call in (query_samples, gallery_samples):
         refused(lambda call=call: call("sysu", root), "test", "41, 50")
-    write(root / "exp/train_id.txt", "3,41")
-    refused(lambda: train_samples("sysu", root), "id 41")
+    write(root / "exp/train_id.txt", "3,42")
+    refused(lambda: train_samples("sysu", root), "trainval", "id 42")
 
 
 def test_what_is_no_image_is_passed_over(tmp_path):
@@ -343,6 +338,120 @@ def test_what_is_no_image_is_passed_over(tmp_path):
         write(root / "cam3/0002" / name)
     names = [Path(path).name for path in query_samples("sysu", root).paths]
     assert names[3:7] == ["x.JPG", "y.jpeg", "z.Png", "é w.bmp"]
+
+
+@pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
+def test_every_image_suffix_is_read_and_is_one_of_pillows(tmp_path, suffix):
+    assert suffix in Image.registered_extensions()
+    root = sysu(tmp_path)
+    for file in [*root.glob("cam3/*/*"), *root.glob("cam6/*/*")]:
+        file.rename(file.with_suffix(suffix))
+    assert len(query_samples("sysu", root)) == 2 * 2 * 3
+    assert len(train_samples("sysu", root)["infrared"]) == 3 * 2 * 3
+
+
+def test_thermal_formats_are_images():
+    assert {".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pnm", ".jp2"} <= set(IMAGE_SUFFIXES)
+
+
+@pytest.mark.parametrize(("modality", "cameras"), [("infrared", (3, 6)), ("visible", (1, 2, 4, 5))])
+def test_the_modality_without_images_is_named(tmp_path, modality, cameras):
+    root = sysu(tmp_path)
+    for camid in cameras:
+        for file in root.glob(f"cam{camid}/*/*"):
+            file.rename(file.with_suffix(".raw"))
+    refused(lambda: train_samples("sysu", root), f"no {modality} images")
+    call = query_samples if modality == "infrared" else gallery_samples
+    refused(lambda: call("sysu", root), f"the test split has no {modality} images")
+
+
+def test_cameras_that_a_layout_does_not_have_are_named_once(tmp_path, caplog):
+    root = sysu(tmp_path / "sysu")
+    for camid in (7, 8):
+        write(root / f"cam{camid}/0002/0001.jpg")
+    (root / "cam9").mkdir()  # empty: nothing is lost
+    write(root / "camera.txt")
+    for call in (train_samples, query_samples, gallery_samples):
+        call("sysu", root)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.messages[0].endswith("no such camera: cam7, cam8")
+    root = llcm(tmp_path / "llcm")
+    write(root / "test_nir/cam10/0009/0001.jpg")
+    query_samples("llcm", root)
+    assert caplog.messages[1].endswith("no such camera: test_nir/cam10, test_nir/cam3")
+
+
+# --- what is trained on is not tested on
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_sysu_test_ids_that_are_trained_on_are_refused(tmp_path, split):
+    root = sysu(tmp_path)
+    file = root / f"exp/{split}_id.txt"
+    write(file, f"{file.read_text()},40")
+    for call in (train_samples, query_samples):
+        refused(lambda call=call: call("sysu", root), root / "exp/test_id.txt", file.name, "id 40")
+
+
+def test_sysu_val_ids_that_are_trained_on_are_refused_only_where_they_are_tested_on(tmp_path):
+    root = sysu(tmp_path)
+    write(root / "exp/val_id.txt", "7,12")
+    refused(lambda: query_samples("sysu", root, split="val"), "val_id.txt", "train_id.txt", "id 12")
+    assert set(train_samples("sysu", root)["visible"].pids.tolist()) == {3, 7, 12}
+
+
+def test_a_test_split_alone_can_be_tested_on(tmp_path):
+    root = sysu(tmp_path / "sysu")
+    for name in ("train", "val"):
+        (root / f"exp/{name}_id.txt").unlink()
+    assert len(query_samples("sysu", root)) == 2 * 2 * 3
+    root = regdb(tmp_path / "regdb")
+    (root / "idx/train_visible_1.txt").unlink()
+    assert len(query_samples("regdb", root)) == 4
+    root = llcm(tmp_path / "llcm")
+    (root / "idx/train_vis.txt").unlink()
+    assert len(query_samples("llcm", root)) == 30
+
+
+@pytest.mark.parametrize("lines", ["whole", "one image", "another image of an identity"])
+def test_regdb_test_images_that_are_trained_on_are_refused(tmp_path, lines):
+    root = regdb(tmp_path)
+    train, test = (root / f"idx/{split}_thermal_2.txt" for split in ("train", "test"))
+    trained, tested = (file.read_text(encoding="utf-8") for file in (train, test))
+    if lines == "another image of an identity":
+        write(root / "Thermal/3/new.bmp")
+        write(test, f"{tested}Thermal/3/new.bmp 7\n")
+    else:
+        write(test, trained if lines == "whole" else trained.splitlines()[0] + "\n" + tested)
+    words = {"whole": "image Thermal/0/photo 1", "one image": "image Thermal/0/photo 2"}
+    word = words.get(lines, "folder Thermal/3")
+    for call in (train_samples, query_samples):
+        refused(lambda call=call: call("regdb", root, trial=2), test, train.name, word)
+        call("regdb", root, trial=1)
+
+
+def test_regdb_folders_that_are_no_identities_are_not_compared(tmp_path):
+    root = tmp_path
+    for split, first in (("train", 0), ("test", 2)):
+        for folder, word in (("Visible", "visible"), ("Thermal", "thermal")):
+            names = [f"{folder}/{first + label}.bmp" for label in (0, 1)]
+            for name in names:
+                write(root / name)
+            write(root / f"idx/{split}_{word}_1.txt", f"{names[0]} 0\n{names[1]} 1\n")
+    assert len(train_samples("regdb", root)["visible"]) == len(query_samples("regdb", root)) == 2
+
+
+@pytest.mark.parametrize("line", ["nir/0009/new.jpg 7", "test_nir/cam4/0030/0030_1.png 1"])
+def test_llcm_test_ids_that_are_trained_on_are_refused(tmp_path, line):
+    root = llcm(tmp_path)
+    path, label = line.split()
+    write(root / path)
+    write(root / f"vis/{Path(path).parent.name}/new.jpg")
+    for word, name in (("nir", path), ("vis", f"vis/{Path(path).parent.name}/new.jpg")):
+        with open(root / f"idx/train_{word}.txt", "a") as file:
+            file.write(f"\n{name} {label}")
+    for call in (train_samples, query_samples):
+        refused(lambda call=call: call("llcm", root), "test_id.txt", "train_", "id")
 
 
 def test_what_only_looks_like_an_image_is_refused(tmp_path):
@@ -425,6 +534,8 @@ def test_regdb_reads_the_files_of_its_trial(tmp_path):
         ("Visible/0 3", ("Visible/0",)),
         ("Visible/0/nul\0.bmp 3", ("nul",)),
         ("/etc/passwd 3", ("outside",)),
+        ("{root}/Visible/0/photo 2 é.bmp 0", ("relative", "as 'Visible/0/photo 2 é.bmp'")),
+        ("../set/Visible/0/photo 2 é.bmp 0", ("relative", "as 'Visible/0/photo 2 é.bmp'")),
         ("Visible/../../secret.bmp 3", ("outside",)),
         ("..\\secret.bmp 3", ("outside",)),
         ("C:\\secret.bmp 3", ("outside",)),
@@ -435,7 +546,7 @@ def test_bad_index_lines(tmp_path, line, words):
     root = regdb(tmp_path / "set")
     write(tmp_path / "secret.bmp")
     file = root / "idx/train_visible_1.txt"
-    write(file, file.read_text(encoding="utf-8").splitlines()[0] + f"\n\n{line}\n")
+    write(file, file.read_text(encoding="utf-8").splitlines()[0] + f"\n\n{line.format(root=root)}\n")
     refused(lambda: train_samples("regdb", root), f"{file}, line 3", *words)
 
 
@@ -509,7 +620,7 @@ def test_llcm_test(tmp_path, mode):
 
 
 def test_unknown_names_list_the_valid_ones(tmp_path):
-    for call in (train_samples, query_samples, gallery_samples, check, dataset_root):
+    for call in (train_samples, query_samples, gallery_samples, dataset_root):
         refused(lambda call=call: call("sysuu", tmp_path), "sysuu", "sysu, regdb, llcm")
     for call in (query_samples, gallery_samples):
         refused(lambda call=call: call("sysu", tmp_path, "outdoor"), "outdoor", "all, indoor")
@@ -536,111 +647,3 @@ def test_dataset_root(tmp_path, monkeypatch):
     assert dataset_root("sysu") == Path("data/sysu")
     assert dataset_root("sysu", tmp_path / "data/sysu") == tmp_path / "data/sysu"
     refused(lambda: dataset_root("llcm", "data/sysu"), "LLCM", "data/sysu/idx")
-
-
-# --- the check
-
-
-def run_check(name, root):
-    command = [sys.executable, "data_manager.py", "--dataset", name, "--data-path", str(root)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-
-
-def picture(path):
-    Image.new("RGB", (4, 8)).save(path)
-
-
-def row(lines, *names):
-    """What the table has after split, modality and camera; columns are at least two spaces apart."""
-    table = [re.split(" {2,}", line) for line in lines]
-    return next(cells[3:] for cells in table if tuple(cells[:3]) == names)
-
-
-def test_check_counts_a_partial_sysu(tmp_path):
-    root = sysu(tmp_path, images=2)
-    for file in root.glob("cam*/*/*"):
-        picture(file)
-    result = run_check("sysu", root)
-    assert result.returncode == 1, result.stderr
-    lines = result.stdout.splitlines()
-    assert row(lines, "train", "visible", "1") == ["2", "-", "4", "-"]
-    assert row(lines, "train+val", "visible", "all") == ["3", "395", "24", "22,258", "differs"]
-    assert row(lines, "train+val", "infrared", "all") == ["3", "395", "12", "11,909", "differs"]
-    assert row(lines, "test", "visible", "5") == ["1", "-", "2", "1,918", "differs"]
-    assert row(lines, "test", "infrared", "all") == ["2", "-", "8", "3,803", "differs"]
-    assert lines[-1] == "not complete: counts that differ 12, problems 0"
-    assert len({line.find("published") for line in lines if "published" in line}) == 1
-
-
-def test_check_passes_what_matches_and_lists_every_problem(tmp_path, monkeypatch):
-    root = sysu(tmp_path, images=2)
-    for file in root.glob("cam*/*/*"):
-        picture(file)
-    published = {
-        (("train", "val"), "visible", "all"): (3, 24),
-        (("test",), "infrared", "3"): (None, 4),
-        (("test",), "both", "all"): (2, None),
-    }
-    monkeypatch.setitem(data_manager._PUBLISHED, "sysu", published)
-    (root / "cam4/0099").mkdir()
-    picture(root / "cam4/0099/0001.jpg")
-    (root / "cam4/0098").mkdir()
-    lines, complete = check("sysu", root)
-    assert complete
-    assert lines[-1] == "complete"
-    assert [line for line in lines if "note" in line and line.endswith("in no split: id 99")]
-
-    whole = (root / "cam1/0002/0001.jpg").read_bytes()
-    (root / "cam1/0002/0001.jpg").write_bytes(whole[: len(whole) - 300])
-    lines, complete = check("sysu", root)
-    assert not complete
-    assert lines[-1] == "not complete: counts that differ 0, problems 1"
-    (root / "cam2/0003/0002.jpg").write_bytes(b"")
-    (root / "cam3/0007/0009.jpg").symlink_to(root / "gone.jpg")
-    (root / "cam6/0007/0010.png").mkdir()
-    write(root / "exp/test_id.txt", "2,40,41,3")
-    lines, complete = check("sysu", root)
-    problems = [line for line in lines if line.startswith("problem: ")]
-    assert not complete
-    for word in ("cam1/0002/0001.jpg", "cam2/0003/0002.jpg", "cam3/0007/0009.jpg", "cam6/0007/0010.png"):
-        assert sum(word in problem for problem in problems) == 1
-    assert [problem for problem in problems if "no images" in problem and problem.endswith("id 41")]
-    assert [problem for problem in problems if "another split" in problem and problem.endswith("id 3")]
-    assert len(problems) == 6
-
-    (root / "exp/test_id.txt").unlink()
-    lines, complete = check("sysu", root)
-    assert not complete
-    assert row(lines, "test", "infrared", "3") == ["0", "-", "0", "4", "differs"]
-    assert [line for line in lines if "test_id.txt: missing" in line]
-
-
-def test_check_regdb_and_llcm(tmp_path):
-    root = regdb(tmp_path / "regdb")
-    for file in root.glob("*/*/*.bmp"):
-        picture(file)
-    with open(root / "idx/test_thermal_4.txt", "a") as file:
-        file.write("Thermal/7/gone.bmp 3\nThermal/7\n")
-    lines, complete = check("regdb", root)
-    assert not complete
-    assert row(lines, "test 10", "infrared", "2") == ["2", "206", "4", "2,060", "differs"]
-    problems = [line for line in lines if line.startswith("problem: ")]
-    assert ["line 5" in problems[0], "line 6" in problems[1], len(problems)] == [True, True, 2]
-
-    root = llcm(tmp_path / "llcm")
-    for file in [*root.glob("*/*/*.jpg"), *root.glob("*/*/*/*.png")]:
-        picture(file)
-    lines, complete = check("llcm", root)
-    assert not complete
-    assert row(lines, "test", "visible", "3") == ["2", "-", "10", "-"]
-    assert row(lines, "train", "both", "all") == ["2", "713", "4", "-", "differs"]
-    assert row(lines, "train+test", "both", "all") == ["4", "1,064", "54", "46,767", "differs"]
-    assert not [line for line in lines if line.startswith("problem: ")]
-
-
-def test_check_of_nothing_is_wrong_usage(tmp_path):
-    for name, words in (("sysu", "looked for"), ("sysuu", "sysuu")):
-        result = run_check(name, tmp_path)
-        assert result.returncode == 2
-        assert result.stdout == ""
-        assert words in result.stderr.splitlines()[-1]

@@ -1,0 +1,215 @@
+"""Check whether a dataset is complete: its counts against the published ones, every image decoded.
+
+    python -m tools.check --dataset sysu --data-path DIR
+
+Exit status 0: complete; 1: not complete; 2: there is no such dataset.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from data_manager import CAPTURED, DATASETS, Samples, dataset_root, read_split, refuse_shared, unknown_cameras
+from dataset_files import IMAGE_SUFFIXES, listed, number
+from utils import Parser, UserError, run_script
+
+Splits = dict[str, dict[str, Samples]]  # split -> modality -> images; RegDB's are "train 1", "test 1", …
+
+# (splits, modality, camera) -> (identities, images); None where no number is published.
+PUBLISHED = {
+    "sysu": {
+        (("train",), "both", "all"): (296, None),
+        (("val",), "both", "all"): (99, None),
+        (("train", "val"), "visible", "all"): (395, 22258),
+        (("train", "val"), "infrared", "all"): (395, 11909),
+        (("test",), "visible", "1"): (None, 1374),
+        (("test",), "visible", "2"): (None, 1565),
+        (("test",), "infrared", "3"): (None, 1883),
+        (("test",), "visible", "4"): (None, 1918),
+        (("test",), "visible", "5"): (None, 1918),
+        (("test",), "infrared", "6"): (None, 1920),
+        (("test",), "infrared", "all"): (None, 3803),
+        (("test",), "both", "all"): (96, None),
+    },
+    "regdb": {
+        ((f"{split} {trial}",), modality, camera): (206, 2060)
+        for trial in DATASETS["regdb"].trials
+        for split in ("train", "test")
+        for modality, camera in (("visible", "1"), ("infrared", "2"))
+    },
+    "llcm": {
+        (("train",), "both", "all"): (713, None),
+        (("train", "test"), "both", "all"): (1064, 46767),
+    },
+}
+CLUTTER = {"thumbs.db", "desktop.ini", "ehthumbs.db"}  # what systems leave in folders, besides hidden files
+
+
+def check(name: str, root: str | os.PathLike) -> tuple[list[str], bool]:
+    """Compare a dataset with what is published and decode every image: (lines to print, complete).
+
+    Complete: every published count matches and there is no problem: an id without images, an id or image in
+    two splits, a wrong index line, an image that cannot be decoded. Files and ids that no split takes are
+    noted only.
+    """
+    problems: list[str] = []
+    splits = read_splits(name, root, problems)
+    paths = {path for parts in splits.values() for part in parts.values() for path in part.paths}
+    problems += unreadable(sorted(paths))
+    rows = count_rows(splits, PUBLISHED[name])
+    wrong = sum(row[-1] == "differs" for row in rows)
+
+    table = [("split", "modality", "camera", "ids", "published", "images", "published", ""), *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [f"{DATASETS[name].title} in {root}", ""]
+    for row in table:
+        texts = [text.rjust(width) for text, width in zip(row, widths, strict=True)]
+        texts[:2] = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
+        lines.append("  ".join(texts).rstrip())
+    lines.append("")
+    lines += [f"problem: {problem}" for problem in problems]
+    lines += [f"note: {root}: {note}" for note in not_taken(name, root, paths)]
+    complete = not wrong and not problems
+    lines.append(
+        "complete" if complete else f"not complete: counts that differ {wrong}, problems {len(problems)}"
+    )
+    return lines, complete
+
+
+def read_splits(name: str, root: str | os.PathLike, problems: list[str]) -> Splits:
+    """Every split that can be read; what is wrong is appended to problems."""
+
+    def attempt(function: Callable, *args: object) -> dict | None:
+        try:
+            return function(name, root, *args)
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    splits = {}
+    trials = DATASETS[name].trials if name == "regdb" else (None,)
+    for trial in trials:
+        for split in ("train", "val", "test") if name == "sysu" else ("train", "test"):
+            title = split if trial is None else f"{split} {trial}"
+            splits[title] = attempt(read_split, split, trial, problems)
+        attempt(refuse_shared, trial)
+    if name == "sysu":
+        attempt(refuse_shared, None, "val")
+    return {title: parts for title, parts in splits.items() if parts is not None}
+
+
+def count_rows(splits: Splits, published: dict) -> list[tuple[str, ...]]:
+    """The table's rows: one for each split, modality and camera, and one for each published count."""
+    counts = {key: (set(), []) for key in published}  # (splits, modality, camera) -> {(split, pid)}, [images]
+    groups = list(dict.fromkeys([*((split,) for split in splits), *(key[0] for key in published)]))
+    for group, split in [(together, split) for together in groups for split in together]:
+        for modality, part in splits.get(split, {}).items():
+            for camid in np.unique(part.camids):
+                pids = part.pids[part.camids == camid].tolist()
+                camera = (group, modality, str(camid))
+                if len(group) == 1:
+                    counts.setdefault(camera, (set(), []))
+                for key in (camera, (group, modality, "all"), (group, "both", "all")):
+                    if key in counts:
+                        counts[key][0].update((split, pid) for pid in pids)
+                        counts[key][1].append(len(pids))
+    rows = []
+    for key in sorted(
+        counts, key=lambda key: (groups.index(key[0]), (*CAPTURED, "both").index(key[1]), key[2])
+    ):
+        found = len(counts[key][0]), sum(counts[key][1])
+        expected = published.get(key, (None, None))
+        differs = any(want not in (None, have) for have, want in zip(found, expected, strict=True))
+        numbers = ("-" if n is None else f"{n:,}" for pair in zip(found, expected, strict=True) for n in pair)
+        rows.append(("+".join(key[0]), *key[1:], *numbers, "differs" if differs else ""))
+    return rows
+
+
+def unreadable(paths: Iterable[str]) -> list[str]:
+    """One line for each image that cannot be decoded."""
+
+    def trouble(path: str) -> str | None:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except UnidentifiedImageError:
+            return f"{path}: not an image"
+        except Exception as error:  # a file from a stranger: Pillow raises whatever its bytes lead to
+            return f"{path}: cannot be decoded: {error}"
+        return None
+
+    paths = list(paths)
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        found = list(tqdm(pool.map(trouble, paths), "decoding", len(paths), unit="image", disable=None))
+    return [line for line in found if line]
+
+
+def not_taken(name: str, root: str | os.PathLike, taken: set[str]) -> list[str]:
+    """What the dataset's folders hold and no split takes: cameras, ids and files, a line for each kind.
+
+    taken: the paths of all images of the splits.
+    """
+    cameras = [] if name == "regdb" else unknown_cameras(name, root)
+    known = {number(os.path.basename(os.path.dirname(path))) for path in taken}
+    pids, images, others = set(), [], []
+    apart = {DATASETS[name].index_folder, *cameras}
+    for folder, below, files in os.walk(root):
+        inside = os.path.relpath(folder, root)
+        below[:] = sorted(
+            part for part in below if not hidden(part) and os.path.normpath(f"{inside}/{part}") not in apart
+        )
+        if inside == ".":  # training arrays lie here
+            continue
+        pid = number(os.path.basename(folder))
+        for file in sorted(file for file in files if not hidden(file)):
+            if os.path.join(folder, file) in taken:
+                continue
+            if not file.lower().endswith(IMAGE_SUFFIXES):
+                others.append(os.path.join(inside, file))
+            elif pid is not None and pid not in known:
+                pids.add(pid)
+            else:
+                images.append(os.path.join(inside, file))
+    kinds = {
+        f"not read, because {DATASETS[name].title} has no such camera: ": cameras,
+        "not used, in no split: id ": pids,
+        f"not taken, {len(images)} images: ": images,
+        f"not taken, {len(others)} files without an image's suffix: ": others,
+    }
+    return [what + listed(those) for what, those in kinds.items() if those]
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder belongs to no dataset."""
+    return name.startswith(".") or name.lower() in CLUTTER
+
+
+def get_args_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m tools.check",
+        description="Check whether a dataset is complete; exit status 0 if it is, 1 if not.",
+    )
+    parser.add_argument("--dataset", required=True, choices=DATASETS, help="which dataset")
+    parser.add_argument("--data-path", metavar="DIR", help="the dataset's folder (data/<dataset>)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the check; 0 if the dataset is complete, 1 if not."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what a terminal cannot show
+    lines, complete = check(args.dataset, dataset_root(args.dataset, args.data_path))
+    print("\n".join(lines))
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args)
