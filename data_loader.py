@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from augmentation import PAD, augment, draw_augmentation, normalize, pinned
-from images import decode
+from images import PixelRange, decode
 from utils import MODALITIES, UserError
 
 READ_AHEAD = 2  # batches
@@ -256,10 +256,12 @@ def evaluation_batches(
     batch_size: int,
     device: torch.device,
     workers: int,
+    pixel_range: PixelRange | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield images (n, 3, H, W) float32, normalised, on the device, in order, read ahead of the consumer.
 
-    source: paths, which workers threads decode to height x width, or an array (N, H, W, 3) uint8.
+    source: paths, which workers threads decode to height x width, those of more than eight bits
+    by pixel_range (images.read_image), or an array (N, H, W, 3) uint8.
     UnreadableImages: all of them.
     """
 
@@ -269,7 +271,7 @@ def evaluation_batches(
                 np.array(source[start : start + batch_size]) for start in range(0, len(source), batch_size)
             )
         else:
-            parts = decode(source, height, width, workers, batch_size)
+            parts = decode(source, height, width, workers, batch_size, pixel_range)
         with contextlib.closing(parts):
             for pixels in parts:
                 yield pinned(pixels, device)

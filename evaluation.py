@@ -17,7 +17,7 @@ from data_loader import evaluation_batches
 from data_manager import DATASETS, Samples
 from devices import Processes
 from eval_metrics import Metrics, Trial, evaluate_trials
-from images import decode
+from images import PixelRange, decode
 from model import TwoStreamResNet, extract_features
 from utils import UserError
 
@@ -54,8 +54,9 @@ class Evaluation:
     """Queries and galleries of several protocols and trials, and the images that any of them needs.
 
     trials: which of the dataset's. allow_short: see gallery_samples; what it let pass is told in `short`.
-    more: images to embed besides. check_stop: called at every batch; what it raises ends the work. Raises
-    UserError for a dataset that is not there or does not hold what a protocol needs.
+    more: images to embed besides. check_stop: called at every batch; what it raises ends the work.
+    pixel_range: of images of more than eight bits, see images.read_image. Raises UserError for a dataset that
+    is not there or does not hold what a protocol needs.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Evaluation:
         allow_short: bool = False,
         more: Sequence[Samples] = (),
         check_stop: Callable[[], None] = lambda: None,
+        pixel_range: PixelRange | None = None,
     ):
         self.height, self.width, self.check_stop = height, width, check_stop
+        self.pixel_range = pixel_range  # as the training images were decoded; training learns it later
         self.pixels: dict[str, np.ndarray] = {}  # {modality: (n, H, W, 3) uint8}, once `load` was called
         self.samples: dict[tuple[Protocol, int], tuple[Samples, Samples]] = {}
         short = set()
@@ -136,7 +139,9 @@ class Evaluation:
                 else:
                     paths = list(rows)
                     source = [paths[row] for row in mine]
-                batches = evaluation_batches(source, self.height, self.width, batch_size, device, workers)
+                batches = evaluation_batches(
+                    source, self.height, self.width, batch_size, device, workers, self.pixel_range
+                )
                 number = math.ceil(len(mine) / batch_size)
                 shown = self._checked(tqdm(batches, modality, number, leave=False, disable=None))
                 all_features[torch.tensor(mine, device=device)] = extract_features(
@@ -159,7 +164,8 @@ class Evaluation:
             paths = list(rows)[processes.rank :: processes.world_size]
             pixels = np.empty((len(paths), self.height, self.width, 3), np.uint8)
             start = 0
-            for batch in self._checked(decode(paths, self.height, self.width, workers)):
+            batches = decode(paths, self.height, self.width, workers, pixel_range=self.pixel_range)
+            for batch in self._checked(batches):
                 pixels[start : start + len(batch)] = batch
                 start += len(batch)
             self.pixels[modality] = pixels

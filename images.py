@@ -18,6 +18,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from utils import UserError, log, whole_file
 
 DECODE_PIECE = 8  # images a thread decodes in one go
+FULL_RANGE = (0.0, 65535.0)  # as a pixel range: the high byte of 16 bits
+MIN_LEVELS = 8  # grey levels, of 256: with fewer, nearly everything is lost
+EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tga")  # their formats have no more
+
+PixelRange = tuple[float, float]  # the values that become 0 and 255
 
 
 class UnreadableImages(UserError):
@@ -30,12 +35,16 @@ class UnreadableImages(UserError):
         self.failures = failures
 
 
-def read_image(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike, height: int, width: int, pixel_range: PixelRange | None = None
+) -> np.ndarray:
     """Read an image file as (height, width, 3) uint8 RGB, resized once with Lanczos.
 
-    Upright by its EXIF; 16-bit grey by its high byte; an alpha channel is dropped.
-    UnreadableImages: no such file, not a file, not an image, truncated, or with more pixels than Pillow
-    considers safe (a decompression bomb).
+    Upright by its EXIF; an alpha channel is dropped. Grey images of more than eight bits (16, 32, floating
+    point) come to eight by pixel_range, one for a whole dataset (find_pixel_range), before they are resized;
+    without one, by their high byte.
+    UnreadableImages: no such file, not a file, not an image, truncated, with more pixels than Pillow
+    considers safe (a decompression bomb), or with more than eight bits that do not fit pixel_range.
     """
     try:
         if not os.path.isfile(path):  # opening a named pipe would wait for ever
@@ -43,12 +52,18 @@ def read_image(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
         with Image.open(path) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise OSError(f"{image.width}x{image.height} pixels: a decompression bomb")
+            upper_bytes = not _is_deep(image) and any(";16" in str(tile[3]) for tile in image.tile)
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # Pillow would clip 16 bits at 255
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if _is_deep(image):
+                image = Image.fromarray(_eight_bits(np.asarray(image, dtype=np.float64), pixel_range))
             if "transparency" in image.info:  # palettes warn unless converted in two steps
                 image = image.convert("RGBA")
-            return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+            image = image.convert("RGB")
+            if upper_bytes and 0 < np.ptp(np.asarray(image)) < MIN_LEVELS:
+                raise OSError(
+                    "16 bits a channel, and Pillow reads the upper 8 alone; save it as a grey image"
+                )
+            return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     except UnidentifiedImageError as error:
         raise UnreadableImages([f"{path} (not an image)"]) from error
     except Exception as error:  # a broken file makes Pillow raise nearly anything
@@ -56,8 +71,100 @@ def read_image(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
         raise UnreadableImages([f"{path} ({reason})"]) from error
 
 
+def _is_deep(image: Image.Image) -> bool:
+    """Whether Pillow gives an image with more than eight bits: clipped at 255, if it converts it."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def _eight_bits(values: np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
+    """Values (H, W) float64 as uint8: 256 levels of equal width. OSError where nearly nothing would be left.
+
+    An image of little contrast may keep few levels: a range of its own would make it another image.
+    """
+    low, high = pixel_range or FULL_RANGE
+    least, most = values.min(), values.max()
+    if not np.isfinite(values).all():
+        raise OSError("its values are not all finite")
+    if least > high or most < low:
+        raise OSError(f"its values, {least:g} to {most:g}, are outside the pixel range {low:g} to {high:g}")
+    if pixel_range is None and 0 < (most - least) * 256 / (high - low) < MIN_LEVELS:
+        raise OSError(
+            f"more than eight bits, values {least:g} to {most:g}: which are 0 and 255? --pixel-range"
+        )
+    return ((values - low) * 256 / (high - low)).clip(0, 255).astype(np.uint8)
+
+
+def find_pixel_range(
+    paths: Sequence[str], workers: int, given: PixelRange | None = None
+) -> PixelRange | None:
+    """The values that become 0 and 255 in a dataset's images of more than eight bits.
+
+    Args:
+        paths: the training images. Formats of eight bits are not opened.
+        workers: threads.
+        given: the user's choice, which is compared with the images' values and returned.
+
+    Returns:
+        (low, high), or None if no image has more than eight bits. low is the lowest and high the highest
+        value of all images, each without the thousandth of its pixels at either end, which may be dead or
+        hot, and without images of one value. If they are more than half of 0..65535 apart, and within it,
+        (0, 65535): such files keep their high byte.
+
+    Raises:
+        UserError: no image of more than eight bits has two values; or given is no range, is given for
+            nothing, or would leave fewer than MIN_LEVELS grey levels or cut off nearly all values.
+    """
+
+    def ends(path: str) -> PixelRange | None:
+        if path.lower().endswith(EIGHT_BITS):
+            return None
+        try:
+            with Image.open(path) as image:
+                if not _is_deep(image):
+                    return None
+                values = np.sort(np.asarray(image, dtype=np.float64), axis=None)
+        except Exception:  # decoding will name it
+            return None
+        few = len(values) // 1000
+        return float(values[few]), float(values[-1 - few])
+
+    flag = "" if given is None else f"--pixel-range {given[0]:g} {given[1]:g}"
+    if given is not None and not given[0] < given[1]:
+        raise UserError(f"{flag}: the first must be less than the second")
+    with ThreadPoolExecutor(workers) as pool:
+        deep = [pair for pair in pool.map(ends, paths) if pair is not None]
+    if not deep:
+        if given is not None:
+            raise UserError(f"{flag}: no training image has more than eight bits")
+        return None
+    varied = [pair for pair in deep if pair[0] < pair[1]]
+    if not varied:
+        raise UserError(
+            f"{len(deep)} images have more than eight bits, and each only one value: {paths[0]} …"
+        )
+    low, high = min(pair[0] for pair in varied), max(pair[1] for pair in varied)
+    found = f"{low:,g} to {high:,g}"
+    if given is not None:
+        kept = min(high, given[1]) - max(low, given[0])
+        if kept * 256 < MIN_LEVELS * max(high - low, given[1] - given[0]):
+            raise UserError(f"{flag}: nearly nothing would be left of the images' values, {found}")
+        low, high = given
+    elif low >= FULL_RANGE[0] and high <= FULL_RANGE[1] and high - low > FULL_RANGE[1] / 2:
+        low, high = FULL_RANGE
+    log.info(
+        "%d of %d training images have more than eight bits, values %s: grey 0 to 255 is %s to %s",
+        len(deep), len(paths), found, f"{low:,g}", f"{high:,g}",
+    )  # fmt: skip
+    return low, high
+
+
 def decode(
-    paths: Sequence[str], height: int, width: int, workers: int, batch_size: int = 64
+    paths: Sequence[str],
+    height: int,
+    width: int,
+    workers: int,
+    batch_size: int = 64,
+    pixel_range: PixelRange | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the images of paths in order as (n, height, width, 3) uint8, decoded ahead by workers threads.
 
@@ -70,7 +177,7 @@ def decode(
         failures = []
         for path, row in zip(paths, rows, strict=True):
             try:
-                row[...] = read_image(path, height, width)
+                row[...] = read_image(path, height, width, pixel_range)
             except UnreadableImages as error:
                 failures += error.failures
         return failures
@@ -107,14 +214,16 @@ def write_array(
     width: int,
     workers: int,
     progress: Callable[[int], object] | None = None,
+    pixel_range: PixelRange | None = None,
 ) -> None:
     """Decode paths into the .npy file (N, height, width, 3) uint8; progress is told how many, as they come.
 
     Written piece by piece and not through a memory map, whose pages would count as this process's memory.
     file is written in place: hand over the temporary name of utils.whole_file. UnreadableImages: all of them.
     """
+    batches = decode(paths, height, width, workers, pixel_range=pixel_range)
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), height, width, 3)}
-    with open(file, "wb") as stream, contextlib.closing(decode(paths, height, width, workers)) as batches:
+    with open(file, "wb") as stream, contextlib.closing(batches):
         np.lib.format.write_array_header_1_0(stream, header)
         for pixels in batches:
             stream.write(pixels)
@@ -133,6 +242,7 @@ class TrainingArrays:
     labels: dict[str, np.ndarray]  # (N,) int64, 0..C-1
     pids: list[int] | None  # of label 0..C-1; None: not recorded
     fingerprint: str | None  # of the image files; None: not recorded
+    pixel_range: PixelRange | None  # by which they were decoded; None: no image has more than eight bits
 
 
 def array_files(folder: str | os.PathLike, prefix: str = "train") -> dict[str, tuple[Path, Path]]:
@@ -177,13 +287,17 @@ def write_training_arrays(
     workers: int,
     prefix: str = "train",
     progress: Callable[[int], object] | None = None,
+    pixel_range: PixelRange | None = None,
 ) -> None:
     """Decode {modality: paths} with {modality: labels (N,)} into the files of array_files and a manifest.
 
-    pids: those of label 0..C-1. The former files stay until the last image is written; the manifest, which
+    pids: those of label 0..C-1. pixel_range: see find_pixel_range, which finds one where it is None; the
+    manifest keeps it. The former files stay until the last image is written; the manifest, which
     tells arrays from the images that they were made from, changes last.
-    UserError: too little disk space, found out before anything is decoded. UnreadableImages: all of them.
+    UserError: too little disk space, found out before anything is decoded; as find_pixel_range.
+    UnreadableImages: all of them.
     """
+    pixel_range = find_pixel_range([path for part in paths.values() for path in part], workers, pixel_range)
     files = array_files(folder, prefix)
     manifest = {
         "height": height,
@@ -191,6 +305,7 @@ def write_training_arrays(
         "images": {modality: len(paths[modality]) for modality in files},
         "pids": [int(pid) for pid in pids],
         "fingerprint": fingerprint(paths),  # before decoding: an image that changes meanwhile makes it stale
+        "pixel_range": pixel_range,
     }
     failures = []
     with contextlib.ExitStack() as stack:  # leaves in reverse order
@@ -205,7 +320,7 @@ def write_training_arrays(
                 np.save(stream, np.asarray(labels[modality], dtype=np.int64))
             temporary = stack.enter_context(whole_file(image_file))
             try:
-                write_array(paths[modality], temporary, height, width, workers, progress)
+                write_array(paths[modality], temporary, height, width, workers, progress, pixel_range)
             except UnreadableImages as error:
                 failures += error.failures
         if failures:
@@ -226,14 +341,15 @@ def _load(file: Path, remake: str) -> np.ndarray:
 
 def _read_manifest(file: Path, remake: str) -> dict | None:
     """What a manifest says; None where there is none."""
+    facts = {"height": int, "width": int, "images": dict, "pids": list, "fingerprint": str}
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        facts = {"height": int, "width": int, "images": dict, "pids": list, "fingerprint": str}
-        if all(isinstance(manifest[key], kind) for key, kind in facts.items()):
+        low, high = manifest.get("pixel_range") or FULL_RANGE
+        if low < high and all(isinstance(manifest[key], kind) for key, kind in facts.items()):
             return manifest
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         pass
     raise UserError(f"{file}: not a manifest of training arrays; {remake}")
 
@@ -245,19 +361,24 @@ def open_training_arrays(
     paths: dict[str, Sequence[str]] | None = None,
     prefix: str = "train",
     data_path: str | os.PathLike | None = None,
+    pixel_range: PixelRange | None = None,
 ) -> TrainingArrays:
     """Open the arrays of write_training_arrays, memory-mapped, or other code's under the same names.
 
     paths, {modality: paths}, are the images as they are now. Arrays without a manifest are taken with a
-    warning. data_path: the dataset's folder, for messages, where that is another one.
+    warning. data_path: the dataset's folder, for messages, where that is another one. pixel_range: the one
+    that they must have been decoded by; None: whichever the manifest says.
     UserError, naming the file: missing, unreadable, another dtype, shape or size, labels of another number,
-    with holes or in one modality only, or arrays that were not made from the images as they are now.
+    with holes or in one modality only, or arrays that were not made from the images as they are now, or not
+    by pixel_range.
     """
     output = "" if data_path is None or Path(data_path) == Path(folder) else f" --output {folder}"
     remake = (
         f"run python pre_process_sysu.py --data-path {data_path or folder}{output} "
         f"--img-h {height} --img-w {width}"
     )
+    if pixel_range is not None:
+        remake += f" --pixel-range {pixel_range[0]:g} {pixel_range[1]:g}"
     files = array_files(folder, prefix)
     manifest_file = _manifest_file(folder, prefix)
     manifest = _read_manifest(manifest_file, remake)
@@ -285,11 +406,15 @@ def open_training_arrays(
             f"{files['visible'][0]}: the images have changed since it was made, or were copied without "
             f"their times (cp -a keeps them); {remake}"
         )
+    elif pixel_range is not None and manifest.get("pixel_range") != list(pixel_range):
+        raise UserError(f"{files['visible'][0]}: made by another pixel range; {remake}")
+    made_by = pixel_range if manifest is None else manifest.get("pixel_range")
     return TrainingArrays(
         images=images,
         labels={modality: part.astype(np.int64) for modality, part in labels.items()},
         pids=manifest and manifest["pids"],
         fingerprint=manifest and manifest["fingerprint"],
+        pixel_range=None if made_by is None else tuple(made_by),
     )
 
 
@@ -324,17 +449,18 @@ def training_arrays(
     workers: int,
     prefix: str = "train",
     progress: Callable[[int], object] | None = None,
+    pixel_range: PixelRange | None = None,
 ) -> TrainingArrays:
-    """Open the arrays of these images in folder, after making them where they are not there or out of date.
+    """Open the arrays of these images in folder, after making them where they are missing or out of date.
 
     Arguments and errors as write_training_arrays.
     """
     if _manifest_file(folder, prefix).exists():
         with contextlib.suppress(UserError):
-            arrays = open_training_arrays(folder, height, width, paths, prefix)
+            arrays = open_training_arrays(folder, height, width, paths, prefix, pixel_range=pixel_range)
             if all(np.array_equal(arrays.labels[modality], labels[modality]) for modality in labels):
                 return arrays
     total = sum(map(len, paths.values()))
     log.info("decoding %d training images once, into %s", total, folder)
-    write_training_arrays(folder, paths, labels, pids, height, width, workers, prefix, progress)
+    write_training_arrays(folder, paths, labels, pids, height, width, workers, prefix, progress, pixel_range)
     return open_training_arrays(folder, height, width, paths, prefix)

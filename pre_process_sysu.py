@@ -8,6 +8,7 @@ they were made from: the identities of train_id.txt and val_id.txt, 5 GB at the 
 
 import argparse
 import os
+import sys
 import time
 
 import numpy as np
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from data_manager import DATASETS, class_labels, dataset_root, train_samples
 from images import array_files, write_training_arrays
-from utils import Parser, at_least, data_flags, run_script
+from utils import Parser, at_least, data_flags, log_to_terminal, run_script
 
 
 def get_args_parser() -> Parser:
@@ -25,12 +26,17 @@ def get_args_parser() -> Parser:
     parser.set_defaults(img_h=sysu.height, img_w=sysu.width)
     add = parser.add_argument
     add("--output", metavar="DIR", help="folder for the arrays (that of SYSU-MM01, where train.py looks)")
+    add(
+        "--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="values that become grey 0 and 255 in images of more than eight bits (found from the images)",
+    )  # fmt: skip
     add("--workers", type=at_least(1), default=os.cpu_count(), metavar="N", help="threads (%(default)s)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     """Write the arrays and print what was written."""
+    log_to_terminal(stream=sys.stderr)
     start = time.perf_counter()
     root = dataset_root("sysu", args.data_path)
     samples = train_samples("sysu", root)
@@ -47,6 +53,7 @@ def main(args: argparse.Namespace) -> None:
             args.img_w,
             args.workers,
             progress=bar.update,
+            pixel_range=args.pixel_range,
         )
     for modality, (file, _) in array_files(output).items():
         size = f"{args.img_h}x{args.img_w}, {file.stat().st_size / 1e6:.1f} MB"

@@ -3,8 +3,10 @@
 import logging
 import os
 import shutil
+import struct
 import threading
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from images import (
     UnreadableImages,
     array_files,
     decode,
+    find_pixel_range,
     open_training_arrays,
     read_image,
     training_arrays,
@@ -87,6 +90,184 @@ def test_read_image_turns_images_upright(tmp_path):
     pixels = read_image(tmp_path / "a.jpg", 32, 16)
     assert pixels[:12].max() < 40
     assert pixels[20:].min() > 215
+
+
+# --- more than eight bits
+
+
+def save_values(path, values):
+    Image.fromarray(values).save(path)
+    return str(path)
+
+
+def ramp(low, high, dtype, shape=(20, 8)):
+    """An image with all of low..high, as far as it has pixels."""
+    return np.linspace(low, high, shape[0] * shape[1]).astype(dtype).reshape(shape)
+
+
+DEEP = {
+    "51,241 to 52,181": ("png", np.uint16, 51241, 52181),
+    "centi-kelvin": ("tif", np.uint16, 29000, 31500),
+    "centi-kelvin in 32 bits": ("tif", np.int32, 29000, 31500),
+    "float": ("tif", np.float32, 0.0, 1.0),
+    "kelvin": ("pfm", np.float32, 290.0, 315.0),
+    "fourteen bits": ("jp2", np.uint16, 100, 16000),
+}
+
+
+@pytest.mark.parametrize("case", DEEP)
+def test_one_range_brings_all_images_to_eight_bits(tmp_path, case, caplog):
+    suffix, dtype, low, high = DEEP[case]
+    values = [
+        ramp(low, (low + high) / 2, dtype),
+        ramp((low + high) / 2, high, dtype),
+    ]  # a cold and a warm one
+    paths = [save_values(tmp_path / f"{k}.{suffix}", part) for k, part in enumerate(values)]
+    eight_bits = draw_images(tmp_path / "visible", 2)
+    with caplog.at_level(logging.INFO, logger="mce"):
+        pixel_range = find_pixel_range([*eight_bits, *paths], 2)
+    assert pixel_range == pytest.approx((low, high), rel=1e-6)
+    assert "2 of 4 training images have more than eight bits" in caplog.text
+    for path, part in zip(paths, values, strict=True):
+        expected = np.floor((part.astype(float) - low) / (high - low) * 256).clip(0, 255)
+        pixels = read_image(path, 20, 8, pixel_range)
+        assert (pixels == pixels[..., :1]).all()
+        assert np.abs(pixels[..., 0] - expected).max() <= (1 if suffix == "pfm" else 0)  # 315 is no float32
+    cold, warm = (read_image(path, 20, 8, pixel_range).mean() for path in paths)
+    assert warm - cold == pytest.approx(128, abs=3)  # the difference in temperature is kept
+    for path in eight_bits:
+        np.testing.assert_array_equal(read_image(path, 20, 8, pixel_range), read_slowly(path, 20, 8))
+
+
+def test_files_that_use_all_sixteen_bits_keep_their_high_byte(tmp_path):
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    path = save_values(tmp_path / "a.png", every)
+    assert find_pixel_range([path], 1) == images.FULL_RANGE
+    for pixel_range in (None, images.FULL_RANGE):
+        np.testing.assert_array_equal(read_image(path, 256, 256, pixel_range)[..., 0], every >> 8)
+    half = save_values(tmp_path / "b.png", ramp(300, 40000, np.uint16))
+    assert find_pixel_range([half], 1) == images.FULL_RANGE
+
+
+def test_eight_bits_in_sixteen_bit_files_stay_as_they_are(tmp_path):
+    values = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    path = save_values(tmp_path / "a.png", values)
+    np.testing.assert_array_equal(read_image(path, 16, 16, find_pixel_range([path], 1))[..., 0], values)
+
+
+def test_dead_and_hot_pixels_do_not_stretch_the_range(tmp_path):
+    values = ramp(29000, 31500, np.uint16, (100, 40))
+    values[0, 0], values[5, 5], values[9, 9] = 0, 65535, 65535
+    path = save_values(tmp_path / "a.png", values)
+    low, high = find_pixel_range([path], 1)
+    assert 29000 <= low < 29010
+    assert 31490 < high <= 31500
+
+
+def test_black_frames_do_not_stretch_the_range_and_are_named(tmp_path):
+    black = save_values(tmp_path / "black.png", np.zeros((20, 8), np.uint16))
+    good = save_values(tmp_path / "good.png", ramp(29000, 31500, np.uint16))
+    pixel_range = find_pixel_range([black, good], 1)
+    assert pixel_range == (29000, 31500)
+    with pytest.raises(UserError, match=r"black\.png .*0 to 0, are outside the pixel range 29000 to 31500"):
+        read_image(black, 20, 8, pixel_range)
+
+
+def test_eight_bit_datasets_have_no_range_and_formats_of_eight_bits_are_not_opened(tmp_path, monkeypatch):
+    flat("L", 7).save(tmp_path / "a.jpg")
+    flat("L", 7).save(tmp_path / "b.png")
+    assert find_pixel_range([str(tmp_path / "a.jpg"), str(tmp_path / "b.png")], 1) is None
+    monkeypatch.setattr(Image, "open", lambda path: pytest.fail("opened"))
+    assert find_pixel_range([str(tmp_path / "a.jpg")], 1) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((29000, 31500), None),
+        ((27315, 33315), None),
+        ((0, 65535), None),
+        ((0, 1e6), "nearly nothing"),
+        ((0, float("inf")), "nearly nothing"),
+        ((31490, 31500), "nearly nothing"),
+        ((0, 1), "nearly nothing"),
+        ((5, 5), "less than"),
+        ((6, 5), "less than"),
+        ((float("nan"), 5), "less than"),
+    ],
+)
+def test_a_range_that_is_given_is_compared_with_the_images(tmp_path, given, words):
+    path = save_values(tmp_path / "a.png", ramp(29000, 31500, np.uint16))
+    if words is None:
+        assert find_pixel_range([path], 1, given) == given
+        return
+    with pytest.raises(UserError, match=rf"^--pixel-range {given[0]:g} .*{words}"):
+        find_pixel_range([path], 1, given)
+
+
+def test_a_range_for_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--pixel-range 0 9: no training image has more than eight bits"):
+        find_pixel_range(draw_images(tmp_path, 1), 1, (0, 9))
+
+
+def test_images_of_one_value_give_no_range(tmp_path):
+    with pytest.raises(UserError, match="only one value"):
+        find_pixel_range([save_values(tmp_path / "a.png", np.full((20, 8), 29000, np.uint16))], 1)
+
+
+def sixteen_bit_colour(path):
+    """A PNG of 16 bits a channel, which Pillow cannot write: values 51,241 to 52,181."""
+    rows = b"".join(b"\0" + np.full((8, 3), 51241 + 47 * y, ">u2").tobytes() for y in range(20))
+    header = struct.pack(">IIBBBBB", 8, 20, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [struct.pack(">I", len(b)) + a + b + struct.pack(">I", zlib.crc32(a + b)) for a, b in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+LOSING = {
+    "narrow.png": (lambda path: save_values(path, ramp(51241, 52181, np.uint16)), None, "--pixel-range"),
+    "float.tif": (lambda path: save_values(path, ramp(0, 1, np.float32)), None, "--pixel-range"),
+    "nan.tif": (
+        lambda path: save_values(path, np.full((20, 8), np.nan, np.float32)),
+        (0, 1),
+        "not all finite",
+    ),
+    "cold.tif": (lambda path: save_values(path, ramp(0, 9, np.uint16)), (10, 20), "outside the pixel range"),
+    "warm.tif": (
+        lambda path: save_values(path, ramp(21, 29, np.uint16)),
+        (10, 20),
+        "outside the pixel range",
+    ),
+    "colour.png": (sixteen_bit_colour, (51241, 52181), "upper 8"),
+}
+
+
+@pytest.mark.parametrize("name", LOSING)
+def test_what_would_lose_nearly_everything_is_refused_by_name(tmp_path, name):
+    make, pixel_range, reason = LOSING[name]
+    make(tmp_path / name)
+    with pytest.raises(UnreadableImages, match=rf"{name} \(.*{reason}"):
+        read_image(tmp_path / name, 10, 4, pixel_range)
+
+
+def test_arrays_keep_the_range_that_they_were_decoded_by(tmp_path):
+    (tmp_path / "data").mkdir()
+    values = [ramp(29000 + 100 * k, 31000 + 100 * k, np.uint16) for k in range(4)]
+    deep = [save_values(tmp_path / f"data/{k}.png", part) for k, part in enumerate(values)]
+    paths = {"visible": draw_images(tmp_path / "data/visible", 4), "infrared": deep}
+    labels = {modality: np.array([0, 0, 1, 1]) for modality in paths}
+    args = (tmp_path / "arrays", paths, labels, [3, 4], 20, 8, 2)
+    arrays = training_arrays(*args)
+    assert arrays.pixel_range == (29000, 31300)
+    expected = [read_image(path, 20, 8, arrays.pixel_range) for path in deep]
+    np.testing.assert_array_equal(arrays.images["infrared"], np.stack(expected))
+    assert training_arrays(*args, pixel_range=[29000.0, 31300.0]).pixel_range == (29000, 31300)
+    with pytest.raises(UserError, match=r"rgb_resized_img\.npy: made by another .*--pixel-range 27315 33315"):
+        open_training_arrays(tmp_path / "arrays", 20, 8, paths, pixel_range=(27315, 33315))
+    again = training_arrays(*args, pixel_range=(27315, 33315))
+    assert again.pixel_range == (27315, 33315)
+    assert (again.images["infrared"] != arrays.images["infrared"]).any()
+    assert np.ptp(again.images["infrared"]) < np.ptp(np.stack(expected))
 
 
 def truncated(path):
@@ -290,6 +471,14 @@ BROKEN = {
     ),
     "broken manifest": (lambda folder: (folder / "train_resized.json").write_text("{"), "train_resized.json"),
     "empty manifest": (lambda folder: (folder / "train_resized.json").write_text("{}"), "train_resized.json"),
+    "a pixel range that is none": (
+        lambda folder: (folder / "train_resized.json").write_text(
+            (folder / "train_resized.json")
+            .read_text()
+            .replace('"pixel_range": null', '"pixel_range": [5, 1]')
+        ),
+        "train_resized.json",
+    ),
     "other manifest": (lambda folder: (folder / "train_resized.json").write_text("[]"), "train_resized.json"),
 }
 
