@@ -125,3 +125,23 @@ def test_a_second_run_replaces_the_first(root, run_here):
     assert run_here("--data-path", root, "--img-h", 24, "--img-w", 8)[0] == 0
     paths = {modality: part.paths for modality, part in train_samples("sysu", root).items()}
     assert open_training_arrays(root, 24, 8, paths).images["visible"].shape == (13, 24, 8, 3)
+
+
+def test_the_pixel_range_is_found_told_given_and_kept(root, run_here):
+    values = np.linspace(51241, 52181, 40 * 16).astype(np.uint16).reshape(40, 16)
+    for file in sorted(root.glob("cam3/*/*.jpg")):
+        Image.fromarray(values).save(file.with_suffix(".png"))
+        file.unlink()
+    small = ("--data-path", root, "--img-h", 24, "--img-w", 8)
+    status, errors = run_here(*small)
+    assert status == 0
+    assert "6 of 18 training images have more than eight bits, values 51,241 to 52,181" in errors
+    assert open_training_arrays(root, 24, 8).pixel_range == (51241, 52181)
+    assert np.ptp(open_training_arrays(root, 24, 8).images["infrared"]) > 240
+    assert run_here(*small, "--pixel-range", 51000, 53000)[0] == 0
+    assert open_training_arrays(root, 24, 8).pixel_range == (51000, 53000)
+    before = names(root)
+    status, errors = run_here(*small, "--pixel-range", 0, 100)
+    assert status == 2
+    assert "--pixel-range 0 100: nearly nothing" in errors.splitlines()[-1]
+    assert names(root) == before
