@@ -300,13 +300,17 @@ def main(args: argparse.Namespace) -> None:
         refuse_unwritable(path)
     device, processes = select_device(args.gpu), Processes()
     dtype = autocast_dtype(args.amp, device)
-    if len(paths) > 1:  # every trial has a model of its own, and mostly the same images
+    ranges = [saved_settings(checkpoint, checkpoint["path"]).get("pixel_range") for checkpoint in checkpoints]
+    evaluation.pixel_range = ranges[0]
+    if len(paths) > 1 and all(each == ranges[0] for each in ranges):
+        # every trial has a model of its own, and mostly the same images
         evaluation.load(args.workers, processes)
 
     reranks = dict.fromkeys((None, args.rerank))
     results = {(protocol, rerank): [] for protocol in protocols for rerank in reranks}
     try:
-        for trial, path in paths.items():
+        for (trial, path), pixel_range in zip(paths.items(), ranges, strict=True):
+            evaluation.pixel_range = pixel_range
             model = from_checkpoint(path).to(device, memory_format=torch.channels_last)
             features = evaluation.features(
                 model, device, dtype, args.test_batch, args.workers, processes, trial

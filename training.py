@@ -48,6 +48,11 @@ def get_args_parser() -> Parser:
     data = next(group for group in parser._action_groups if group.title == "data")
     data.add_argument("--dataset", choices=DATASETS, default="sysu", help="which dataset (sysu)")
     data.add_argument("--array-path", metavar="DIR", help="training arrays (the dataset's folder)")
+    data.add_argument(
+        "--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="values that become grey 0 and 255 in images of more than eight bits (found from the training "
+        "images)",
+    )  # fmt: skip
     data.add_argument("--trial", type=trial, metavar="N", help="RegDB's split, 1 to 10, or all in turn (1)")
     data.add_argument(
         "--cache", choices=("auto", "device", "host", "disk"), default="auto",
@@ -326,6 +331,7 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
     trials = [int(args.trial)] if args.trial else DATASETS[args.dataset].trials
     evaluation = Evaluation(root, [protocol], trials, args.img_h, args.img_w)
     loader, data = build_loader(args, root, device, processes)
+    evaluation.pixel_range = args.pixel_range  # as the training images are decoded
 
     weights = None if args.weights == "none" or checkpoint else args.weights
     model = TwoStreamResNet(args.arch, args.stem, weights)
@@ -380,18 +386,23 @@ def build_loader(
 def load_training_data(args: argparse.Namespace, root: Path) -> tuple[dict, dict, str]:
     """Training images {modality: (N, H, W, 3) uint8}, labels {modality: (N,) int64} and a fingerprint.
 
-    Label -1: an image of a val id, which --select val does not train on.
+    Label -1: an image of a val id, which --select val does not train on. args.pixel_range becomes the one
+    that the images were decoded by, for the checkpoint, and so for test.py.
     """
     samples = data_manager.train_samples(args.dataset, root, args.trial and int(args.trial))
     paths = {modality: own.paths for modality, own in samples.items()}
     folder = args.array_path or root
     if args.dataset == "sysu":
-        arrays = open_training_arrays(folder, args.img_h, args.img_w, paths, data_path=root)
+        arrays = open_training_arrays(folder, args.img_h, args.img_w, paths, "train", root, args.pixel_range)
     else:  # decoded on the first run, opened on the next
         prefix = f"train_{args.trial}" if args.dataset == "regdb" else "train"
         pids = sorted({int(pid) for pid in samples["visible"].pids})
         labels = data_manager.class_labels(samples)
-        arrays = training_arrays(folder, paths, labels, pids, args.img_h, args.img_w, args.workers, prefix)
+        arrays = training_arrays(
+            folder, paths, labels, pids, args.img_h, args.img_w, args.workers, prefix,
+            pixel_range=args.pixel_range,
+        )  # fmt: skip
+    args.pixel_range = arrays.pixel_range and list(arrays.pixel_range)
     if args.select != "val":
         return arrays.images, arrays.labels, arrays.fingerprint or "of unknown origin"
     if arrays.pids is None:
