@@ -210,7 +210,10 @@ def test_a_checkpoint_comes_back_and_needs_no_trust(tmp_path):
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RuntimeError("unexpected pos 64 vs 0\nmore"), r"torch could not write all of it: is the disk full\?"),
+        (
+            RuntimeError("unexpected pos 64 vs 0\nmore"),
+            r"torch could not write all of it: is the disk full\?",
+        ),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],
 )

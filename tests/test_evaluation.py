@@ -59,7 +59,7 @@ def test_kept_images_are_decoded_once(sysu, monkeypatch):
     decoded = []
     original = evaluation.decode
     monkeypatch.setattr(
-        evaluation, "decode", lambda paths, *a: decoded.append(len(paths)) or original(paths, *a)
+        evaluation, "decode", lambda paths, *a, **k: decoded.append(len(paths)) or original(paths, *a, **k)
     )
     evaluated = Evaluation(sysu, [ALL], [0, 1], 32, 16)
     evaluated.load(1, Processes())

@@ -209,9 +209,9 @@ def test_a_signal_stops_the_decoding_of_images(tmp_path, train_here, monkeypatch
     synthetic.draw_dataset(synthetic.plan_regdb(4, 2, 2, 0), root, height=48, width=24)
     original = images.decode
 
-    def interrupted(*args):
+    def interrupted(*args, **settings):
         os.kill(os.getpid(), signal.SIGTERM)
-        yield from original(*args)
+        yield from original(*args, **settings)
 
     monkeypatch.setattr(images, "decode", interrupted)
     status, output, _ = train_here(*tiny_flags(root), "--dataset", "regdb", "--epochs", 1)

@@ -12,8 +12,7 @@ from conftest import tiny_flags
 
 import train
 from devices import Processes
-from flags import parse_training_args
-from training import Training
+from training import build_training, parse_args
 from utils import MODALITIES
 
 STEPS = 4  # of each epoch
@@ -54,8 +53,8 @@ def memory_of(training, epoch):
 
 def compare(root, epochs, steps, monkeypatch, *flags, dtype=torch.float64, tolerance=1e-8):
     """Train both and fail at the first step and term that differ by more than tolerance (relative)."""
-    args = parse_training_args([*tiny_flags(root), "--batch-size", "3", *flags])
-    training = Training(args, 1, None, Processes(), lambda **_: None)
+    args = parse_args([*tiny_flags(root), "--batch-size", "3", *flags])
+    training = build_training(args, None, Processes())
     weights = plain_weights(training.model)
     data = []  # for each epoch its number, its memory, its batches: drawn before the product turns float64
     for epoch in epochs:
@@ -81,15 +80,15 @@ def compare(root, epochs, steps, monkeypatch, *flags, dtype=torch.float64, toler
             group["lr"] = train.learning_rate(epoch, args.lr, args.warmup_epochs, args.decay_epochs)
         torch.set_default_dtype(dtype)
         try:
-            training.rebuild_memory(epoch)
+            train.rebuild_memory(training, epoch)
             batches = [({m: part[m].to(dtype) for m in MODALITIES}, those) for part, those in batches]
-            found += train.train_one_epoch(training, batches, len(batches), epoch).tolist()
+            found += train.train_one_epoch(training, batches, epoch).tolist()
         finally:
             torch.set_default_dtype(torch.float32)
     expected = plain_mce.train(weights, data, args.stem, len(training.bank.shared.proxies), args.proxies)
     assert len(found) == len(expected) == len(epochs) * steps
     for step, (values, (total, terms)) in enumerate(zip(found, expected, strict=True)):
-        for name, value in zip(("total", *train.TERMS), values, strict=True):
+        for name, value in zip(("total", *plain_mce.WEIGHTS), values, strict=True):
             plain = total if name == "total" else terms[name]
             assert value == pytest.approx(plain, rel=tolerance), (
                 f"first divergence: step {step + 1}, {name}: {value!r} here, {plain!r} in plain_mce"

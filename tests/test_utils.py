@@ -1,23 +1,19 @@
-"""utils.py: errors of one line, files that are whole or not there, shared flags, signals."""
+"""utils.py: errors of one line, files that are complete or not there, shared flags."""
 
 import argparse
 import os
 import signal
-import time
 
 import pytest
 
 from utils import (
     Parser,
-    Stopped,
     UserError,
     at_least,
     data_flags,
     device_flags,
     positive,
     run_script,
-    stop_signals,
-    typed_flags,
     whole_file,
 )
 
@@ -150,30 +146,6 @@ def test_permissions_follow_the_umask(tmp_path, umask, mode):
     assert (tmp_path / "table.json").stat().st_mode & 0o777 == mode
 
 
-# --- signals
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noted_and_the_handlers_come_back(signum):
-    both = signal.SIGTERM, signal.SIGINT
-    former = [signal.getsignal(number) for number in both]
-    with stop_signals() as received:
-        assert received == []
-        assert not set(former) & {signal.getsignal(number) for number in both}
-        os.kill(os.getpid(), signum)
-        assert received == [signum]
-    assert [signal.getsignal(number) for number in both] == former
-    assert str(Stopped(signum)) == signal.Signals(signum).name
-
-
-def test_a_second_signal_within_the_patience_is_taken_for_the_first():
-    with stop_signals(patience=60) as received:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.05)  # for the thread that would end this process
-    assert received == [signal.SIGTERM] * 2
-
-
 # --- command lines
 
 
@@ -228,11 +200,3 @@ def test_positive():
             positive(text)
     with pytest.raises(ValueError, match="fast"):
         positive("fast")
-
-
-def test_typed_flags_are_what_was_typed_even_if_it_is_the_default():
-    parser = example_parser()
-    assert typed_flags(parser, []) == {}
-    words = ["--gpu", "0", "--img_h", "64", "--mode", "all", "--check"]
-    assert typed_flags(parser, words) == {"gpu": 0, "img_h": 64, "mode": ["all"], "check": True}
-    assert parser.parse_args([]).gpu == 0  # and the parser is as it was
