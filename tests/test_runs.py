@@ -19,7 +19,8 @@ NET = {"w": torch.zeros(3)}
 OTHER = {
     "pixel_range": [0.0, 9.5], "data_path": "elsewhere", "img_h": 64, "img_w": 32, "gpu": -1, "workers": 99,
     "amp": "off", "test_batch": 7, "array_path": "arrays", "cache": "disk", "arch": "resnet18",
-    "stem": "shared", "weights": "none", "epochs": 3, "lr": 0.1, "warmup_epochs": 1, "decay_epochs": [1, 2], "batch_size": 2,
+    "stem": "shared", "weights": "none", "epochs": 3, "lr": 0.1, "warmup_epochs": 1,
+    "decay_epochs": [1, 2], "batch_size": 2,
     "num_pos": 1, "pad": 2, "proxies": "both", "seed": 5, "deterministic": True, "compile": True,
     "mode": "indoor", "select": "val", "eval_start": 0, "eval_every": 1, "model_path": "models",
     "log_path": "logs", "name": "mine", "resume": "auto", "overwrite": True, "check": True,
