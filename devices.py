@@ -128,3 +128,29 @@ def seed_globally(seed: int, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # none is read
     torch.backends.cudnn.benchmark = not deterministic
+
+
+# Arrays from anywhere: what the metrics and re-ranking take
+
+Array = np.ndarray | torch.Tensor
+
+
+def as_tensor(values: Array) -> torch.Tensor:
+    """Return a tensor with values' content, sharing its memory where that can be written to."""
+    if isinstance(values, torch.Tensor):
+        return values.detach()
+    return torch.from_numpy(np.require(values, requirements="CW"))  # torch warns of read-only arrays
+
+
+def as_features(values: Array) -> torch.Tensor:
+    """Return a float32 tensor of features (N, D).
+
+    Raises:
+        ValueError: another shape, NaN or infinity.
+    """
+    features = as_tensor(values).float()
+    if features.ndim != 2:
+        raise ValueError(f"features must be (N, D), not {tuple(features.shape)}")
+    if features.numel() and not torch.isfinite(torch.stack(features.aminmax())).all():
+        raise ValueError("features hold NaN or infinity")
+    return features

@@ -1,24 +1,25 @@
-"""CMC, mAP and mINP under the three protocols, and the loop over trials.
+"""CMC, mAP and mINP under the three protocols, and the loop over trials (docs/method.md, section 8).
 
-A query has few matches, so nothing is ranked that need not be: the place of a match in the ranking is the
-number of gallery images nearer than it, and the number of identities before the first match is the number of
-identities whose nearest image is nearer. Both are counted block by block from (rows, G) distances, whether
-these are cut from a distance matrix or computed from features, so that no (Q, G) matrix need ever exist.
+A query has few matches, so its gallery is not sorted: the position of a match in the ranking is the number of
+images nearer than it. What the protocol ignores is set to infinity. Only queries with a tie are ranked by
+sorting. Distances come in blocks of queries, cut from a distance matrix or computed
+from features, so no (Q, G) matrix is needed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from reranking import Array, as_features, as_tensor, k_reciprocal
+from devices import Array, as_features, as_tensor
+from reranking import k_reciprocal
 
 PROTOCOLS = ("sysu", "regdb", "llcm")
-BLOCK = 2**25  # distances in one matrix product: 128 MB, enough rows to keep the product efficient
-MATCHES = 2**22  # matches looked up at a time: 150 MB of temporaries at most
-CACHED = 2**20  # distances counted at a time on the CPU: 4 MB, what its outer cache holds with room to spare
-FEW_MATCHES = 64  # up to here, two comparison passes for each match cost less than sorting
+PRODUCT = 2**25  # distances in one matrix product: 128 MB, enough rows to keep the product efficient
+CACHED = 2**20  # distances counted at a time on a CPU: 4 MB, which its cache holds
+FEW_MATCHES = 64  # up to here, two passes of comparisons for each match take less time than sorting
 
 
 class Metrics(NamedTuple):
@@ -43,7 +44,7 @@ class Trial(NamedTuple):
 def eval_sysu(
     distmat: Array, q_pids: Array, g_pids: Array, q_camids: Array, g_camids: Array, max_rank: int = 20
 ) -> Metrics:
-    """Evaluate as SYSU-MM01 does: camera-3 queries ignore camera 2; CMC counts identities.
+    """Evaluate as SYSU-MM01 does: queries of camera 3 ignore camera 2; CMC counts identities.
 
     All of camera 2 is ignored, whatever the identity (the same room as camera 3), as in the released code.
 
@@ -54,7 +55,7 @@ def eval_sysu(
         max_rank: length of the curve; beyond the last gallery identity the curve's last value is held.
 
     Returns:
-        (cmc, mAP, mINP), see Metrics. A query with no match left is left out of every average.
+        (cmc, mAP, mINP), see Metrics. A query without a match is left out of every average.
 
     Raises:
         ValueError: a NaN in distmat, shapes that disagree, or no query with a match.
@@ -90,15 +91,15 @@ def evaluate(
 
     Args:
         query_features, gallery_features: (Q, D) and (G, D), unit norm.
-        q_pids, g_pids, q_camids, g_camids, max_rank: as eval_sysu has them; regdb reads no camids.
+        q_pids, g_pids, q_camids, g_camids, max_rank: as in eval_sysu; regdb reads no camids.
         protocol: "sysu", "regdb" or "llcm".
 
     Returns and raises what eval_sysu does; ValueError also for an unknown protocol.
     """
-    query_features, gallery_features = as_features(query_features), as_features(gallery_features)
-    size, device = (len(query_features), len(gallery_features)), gallery_features.device
-    ids = _ids(protocol, size, device, q_pids, g_pids, q_camids, g_camids)
-    return _evaluate(_feature_distances(query_features, gallery_features), ids, protocol, max_rank)
+    query, gallery = as_features(query_features), as_features(gallery_features)
+    shape = len(query), len(gallery)
+    ids = _ids(protocol, shape, gallery.device, q_pids, g_pids, q_camids, g_camids)
+    return _evaluate(partial(_feature_blocks, query, gallery), ids, protocol, max_rank)
 
 
 def evaluate_trials(
@@ -142,23 +143,35 @@ def top_k(
     What the protocol ignores is left out; -1 where fewer than k images are left. Arguments as in evaluate;
     the result lies on the features' device.
     """
-    query_features, gallery_features = as_features(query_features), as_features(gallery_features)
-    size, device = (len(query_features), len(gallery_features)), gallery_features.device
-    ids = _ids(protocol, size, device, q_pids, g_pids, q_camids, g_camids)
-    distances = _feature_distances(query_features, gallery_features)
-    result = torch.full((size[0], k), -1, dtype=torch.int64, device=device)
-    for queries, columns in _comparisons(protocol, ids):
-        lines = _lines(ids)
-        for rows, block in zip(queries.split(lines), distances(queries, lines), strict=True):
-            ignored = _ignored(protocol, ids, rows[:, None], columns)
-            near = block[:, columns].masked_fill_(ignored, torch.inf)
-            order = near.argsort(dim=1, stable=True)[:, :k]
-            found = columns[order].masked_fill_(near.gather(1, order) == torch.inf, -1)
-            result[rows, : found.shape[1]] = found
+    query, gallery = as_features(query_features), as_features(gallery_features)
+    shape, device = (len(query), len(gallery)), gallery.device
+    q_keys, g_keys = _keys(protocol, _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids))
+    result = torch.full((len(query), k), -1, device=device)
+    for rows, block in _feature_blocks(query, gallery, torch.arange(len(query), device=device)):
+        _set_ignored(block, q_keys[rows, None], g_keys)
+        order = block.argsort(dim=1, stable=True)[:, :k]
+        result[rows, : order.shape[1]] = order.masked_fill(block.gather(1, order).isinf(), -1)
     return result
 
 
-# ---- the core: counting
+@torch.no_grad()
+def matched(
+    protocol: str, q_pids: Array, g_pids: Array, q_camids: Array | None, g_camids: Array | None
+) -> torch.Tensor:
+    """Return (Q,) bool: which queries have a match, a gallery image of their pid that is not ignored.
+
+    These are the queries that count. Arguments as in evaluate; the result lies where q_pids do.
+    """
+    shape, device = (len(q_pids), len(g_pids)), as_tensor(q_pids).device
+    ids = _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids)
+    found = torch.isin(ids.q_pids, ids.g_pids)
+    for camid in ids.q_camids.unique().tolist() if protocol == "llcm" else [3]:
+        queries, ignored = ids.q_camids == camid, camid if protocol == "llcm" else 2
+        found[queries] = torch.isin(ids.q_pids[queries], ids.g_pids[ids.g_camids != ignored])
+    return found
+
+
+# ---- the protocols' rules
 
 
 class _Ids(NamedTuple):
@@ -168,6 +181,58 @@ class _Ids(NamedTuple):
     g_pids: torch.Tensor
     q_camids: torch.Tensor
     g_camids: torch.Tensor
+
+
+def _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids) -> _Ids:
+    """Check the protocol and the lengths, move the ids to the device; regdb gets camids without a rule: 0."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
+    if protocol == "regdb":
+        q_camids, g_camids = (np.zeros(number, np.int64) for number in shape)
+    ids = _Ids(*(as_tensor(values).to(device).long() for values in (q_pids, g_pids, q_camids, g_camids)))
+    for name, values in ids._asdict().items():
+        expected = shape[0] if name.startswith("q") else shape[1]
+        if values.shape != (expected,):
+            raise ValueError(f"{name} must have shape ({expected},), not {tuple(values.shape)}")
+    return ids
+
+
+def _keys(protocol: str, ids: _Ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return keys (Q,) and (G,), float32: a query ignores the gallery images that have its key."""
+    if protocol != "llcm":
+        return (ids.q_camids == 3).float(), torch.where(ids.g_camids == 2, 1.0, -1.0)
+    pids, camids = (torch.cat(both).unique(return_inverse=True)[1] for both in (ids[:2], ids[2:]))
+    keys = (pids * len(camids) + camids).unique(return_inverse=True)[1].float()
+    return keys[: len(ids.q_pids)], keys[len(ids.q_pids) :]
+
+
+def _set_ignored(block: torch.Tensor, q_keys: torch.Tensor, g_keys: torch.Tensor) -> None:
+    """Set distances (q, G) to infinity where keys (q, 1) and (G,) are equal.
+
+    On a CPU, comparing into floats and taking the maximum is three times as fast as filling by a mask.
+    """
+    equal = torch.eq(q_keys, g_keys, out=torch.empty_like(block))
+    torch.maximum(block, equal.sub_(0.5).mul_(torch.inf), out=block)
+
+
+# ---- blocks of distances
+
+Blocks = Iterator[tuple[torch.Tensor, torch.Tensor]]  # queries (q,) and a copy of their distances (q, G)
+
+
+def _height(num_gallery: int, device: torch.device) -> int:
+    """Return how many queries a block has: a CPU's cache holds their distances; a GPU wants many."""
+    return max(1, (CACHED if device.type == "cpu" else PRODUCT) // max(num_gallery, 1))
+
+
+def _feature_blocks(query: torch.Tensor, gallery: torch.Tensor, queries: torch.Tensor) -> Blocks:
+    """Yield negative cosine similarities, which rank as distances do."""
+    height = _height(len(gallery), gallery.device)
+    many = max(1, max(64, PRODUCT // max(len(gallery), 1)) // height) * height
+    for rows in queries.split(many):  # products of few queries would only wait for the gallery's features
+        with torch.autocast(query.device.type, enabled=False):
+            product = query[rows].neg_() @ gallery.T
+        yield from zip(rows.split(height), product.split(height), strict=True)
 
 
 def _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, protocol, max_rank) -> Metrics:
@@ -180,271 +245,109 @@ def _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, protocol, max
     dtype = torch.float64 if wide else torch.float32
     ids = _ids(protocol, distmat.shape, distmat.device, q_pids, g_pids, q_camids, g_camids)
 
-    width = distmat.shape[1]
-    scratch = _Scratch()
+    def blocks(queries: torch.Tensor) -> Blocks:
+        for rows in queries.split(_height(distmat.shape[1], distmat.device)):
+            yield rows, distmat.index_select(0, rows).to(dtype)
 
-    def distances(rows: torch.Tensor, lines: int) -> Iterator[torch.Tensor]:
-        if len(rows) == len(distmat):  # rows are sorted, each once: these are all
-            return (part.to(dtype) for part in distmat.split(lines))
-        parts = ((part, scratch.empty("rows", distmat, (len(part), width))) for part in rows.split(lines))
-        return (torch.index_select(distmat, 0, part, out=out).to(dtype) for part, out in parts)
+    return _evaluate(blocks, ids, protocol, max_rank)
 
-    return _evaluate(distances, ids, protocol, max_rank)
+
+# ---- counting
 
 
 @torch.no_grad()
-def _evaluate(
-    distances: Callable[[torch.Tensor, int], Iterator[torch.Tensor]],
-    ids: _Ids,
-    protocol: str,
-    max_rank: int,
-) -> Metrics:
-    """Average over queries; distances(rows, lines) yields those of the queries rows in (lines, G) blocks."""
+def _evaluate(blocks: Callable[[torch.Tensor], Blocks], ids: _Ids, protocol: str, max_rank: int) -> Metrics:
+    """Average over the queries with a match; blocks(queries) yields their distances."""
     if max_rank < 1:
         raise ValueError(f"max_rank must be at least 1, not {max_rank}")
-    by_identity = protocol != "regdb"
-    lines = _lines(ids)
-    scratch = _Scratch()
-    rankings = []
-    for queries, allowed in _comparisons(protocol, ids):
-        gallery = _Gallery(ids.g_pids, allowed, in_turns=by_identity)
-        identity, known = gallery.find(ids.q_pids[queries])
-        queries, identity = queries[known], identity[known]
-        height = max(lines, MATCHES // max(gallery.turns, 1))
-        for rows, identities in zip(queries.split(height), identity.split(height), strict=True):
-            places, real = gallery.images(identities)
-            counted = real & ~_ignored(protocol, ids, rows[:, None], gallery.columns[places])
-            kept = counted.any(1)
-            rows, matches = rows[kept], _Matches(places, real, counted).of(kept)
-            if not len(rows):
-                continue
-            parts = map(_Matches, *(values.split(lines) for values in matches))
-            blocks = zip(distances(rows, lines), parts, strict=True)
-            counts = [_count_block(gallery, block, part, scratch) for block, part in blocks]
-            nearer, preceding = (torch.cat(values) for values in zip(*counts, strict=True))
-            rankings.append((preceding, *_precision(nearer, matches)))
-    if not rankings:
+    queries = matched(protocol, *ids).nonzero()[:, 0]
+    if not len(queries):
         raise ValueError("no query has a match in the gallery, so there is nothing to average")
+    gallery, (q_keys, g_keys) = _Gallery(ids.g_pids), _keys(protocol, ids)
+    rankings = []
+    for rows, block in blocks(queries):
+        keys = q_keys[rows, None]
+        if protocol != "regdb":
+            _set_ignored(block, keys, g_keys)
+        images, real = gallery.images(ids.q_pids[rows])
+        counted = real & (g_keys[images] != keys)
+        nearer = _count_nearer(block, images, counted, keys, g_keys)
+        preceding = nearer.amin(1)
+        if protocol != "regdb":  # CMC counts identities
+            first = block.gather(1, images).masked_fill_(~counted, torch.inf).amin(1, keepdim=True)
+            preceding = _count(torch.lt, gallery.nearest(block), first)[:, 0]
+        rankings.append((preceding, *_precision(nearer)))
     preceding, precision, inverse = (torch.cat(values) for values in zip(*rankings, strict=True))
-    found = torch.bincount(preceding.clamp(max=max_rank), minlength=max_rank + 1)[:max_rank].cumsum(0)
-    return Metrics(found.cpu().numpy() / len(preceding), float(precision.mean()), float(inverse.mean()))
+    found = torch.bincount(preceding.long().clamp_(max=max_rank), minlength=max_rank + 1)
+    return Metrics(
+        found[:max_rank].cumsum(0).cpu().numpy() / len(preceding),
+        float(precision.mean()),
+        float(inverse.mean()),
+    )
 
 
-class _Matches(NamedTuple):
-    """The images of q queries' own pids in a gallery, (q, M) each; queries with fewer than M have padding."""
+class _Gallery:
+    """Where the images of each pid are, and how near the nearest of them is."""
 
-    places: torch.Tensor  # among the gallery's columns
-    real: torch.Tensor  # bool: no padding
-    counted: torch.Tensor  # bool: neither padding nor ignored
+    def __init__(self, g_pids: torch.Tensor):
+        self.order = g_pids.argsort(stable=True)  # images of a pid stand together
+        self.pids, self.counts = g_pids[self.order].unique_consecutive(return_counts=True)
+        self.starts = self.counts.cumsum(0) - self.counts
+        counts, by_count = self.counts.sort(descending=True)
+        starts = self.starts[by_count]  # pids with more images first, so those with a t-th one lead
+        self.turns = [self.order[starts[counts > t] + t] for t in range(int(counts[0]))]
 
-    def of(self, queries: torch.Tensor) -> "_Matches":
-        """Those of some of the queries."""
-        return _Matches(*(values[queries] for values in self))
+    def images(self, pids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gallery images (q, M) of pids (q,), and which entries are not padding."""
+        found = torch.searchsorted(self.pids, pids)
+        counts = self.counts[found, None]
+        turns = torch.arange(int(counts.max()), device=pids.device)
+        real = turns < counts
+        return self.order[(self.starts[found, None] + turns).where(real, 0)], real
 
-
-class _Scratch:
-    """Memory that one block after the other is counted in: new memory would cost more than counting."""
-
-    def __init__(self):
-        self.memory = {}
-
-    def empty(self, name: str, like: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """Return a tensor of like's dtype, not initialised; what this name held before is lost."""
-        size = shape[0] * shape[1]
-        memory = self.memory.get((name, like.dtype))
-        if memory is None or len(memory) < size:
-            memory = self.memory[name, like.dtype] = like.new_empty(size)
-        return memory[:size].view(shape)
-
-
-def _count_block(
-    gallery: "_Gallery", block: torch.Tensor, matches: _Matches, scratch: _Scratch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count what is nearer than the matches of q queries, whose distances are block (q, G).
-
-    Returns the number of images nearer than each (q, M), and of what CMC counts before the first match (q,).
-    """
-    block = gallery.arrange(block, scratch)
-    nearer, preceding, tied = _count_columns(gallery, block, matches, scratch)
-    if tied.any():  # as ranks, in which gallery order has decided, no two distances are equal
-        ranks = _ranks(block[tied], gallery.columns.argsort())
-        nearer[tied], preceding[tied], _ = _count_columns(gallery, ranks, matches.of(tied), scratch)
-    return nearer, preceding
-
-
-def _count_columns(
-    gallery: "_Gallery", block: torch.Tensor, matches: _Matches, scratch: _Scratch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Count as _count_block does, taking no two distances for equal; tell which queries (q,) have a tie."""
-    own = block.gather(1, matches.places).masked_fill_(~matches.real, torch.inf)
-    nearer, tied = _count_nearer(block, own, matches.real, scratch)
-    first = own.masked_fill(~matches.counted, torch.inf).amin(1, keepdim=True)
-    nearest = gallery.nearest(block, scratch) if gallery.in_turns else block
-    preceding = _count(torch.lt, nearest, first, scratch.empty("compared", nearest, nearest.shape)).long()
-    ignored = (own < first).any(1)  # an image of the query's own pid is nearer than its first match
-    return nearer, preceding - ignored.long(), tied
-
-
-def _precision(nearer: torch.Tensor, matches: _Matches) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return average precision and inverse negative penalty, (q,) float64, of matches with nearer (q, M)."""
-    real, counted = matches.real, matches.counted
-    nearer, order = nearer.masked_fill(~real, torch.iinfo(nearer.dtype).max // 2).sort(dim=1)
-    ignored, valid = (real & ~counted).gather(1, order), counted.gather(1, order)
-    position = (nearer + 1 - ignored.cumsum(1)).double()  # in the ranking, from 1
-    number = valid.cumsum(1).double()  # of matches up to here
-    total = number[:, -1]
-    precision = (number / position).masked_fill(~valid, 0).sum(1) / total
-    return precision, total / position.masked_fill(~valid, 0).amax(1)
+    def nearest(self, block: torch.Tensor) -> torch.Tensor:
+        """Return (q, pids): the distance of the nearest image of each, from distances (q, G)."""
+        nearest = block.index_select(1, self.turns[0])
+        for turn in self.turns[1:]:
+            part = nearest[:, : len(turn)]
+            torch.minimum(part, block.index_select(1, turn), out=part)
+        return nearest
 
 
 def _count_nearer(
-    block: torch.Tensor, matches: torch.Tensor, real: torch.Tensor, scratch: _Scratch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count the columns of block (q, G) below each of matches (q, M); tell which queries have a tie there."""
-    if matches.shape[1] > FEW_MATCHES:
-        ordered = block.sort(dim=1).values
-        nearer = torch.searchsorted(ordered, matches)
-        equal = torch.searchsorted(ordered, matches, right=True) - nearer
-    else:
-        columns, out = matches.split(1, dim=1), scratch.empty("compared", block, block.shape)
-        nearer = torch.stack([_count(torch.lt, block, column, out) for column in columns], 1)
-        equal = torch.stack([_count(torch.eq, block, column, out) for column in columns], 1)
-    return nearer.long(), (equal != real).any(1)
-
-
-def _count(
-    compare: Callable[..., torch.Tensor], block: torch.Tensor, column: torch.Tensor, out: torch.Tensor
+    block: torch.Tensor, images: torch.Tensor, counted: torch.Tensor, keys: torch.Tensor, g_keys: torch.Tensor
 ) -> torch.Tensor:
-    """Return (q,): how many columns of block (q, G) compare with column (q, 1); overwrites out (q, G).
+    """Return (q, M): how many images are nearer than each match; infinity where it is not counted.
+
+    images (q, M): the columns of the matches in the distances block (q, G). Rows of block with a tie, or with
+    more matches than are counted one by one, become positions in the ranking, of which no two are equal.
+    """
+    own = block.gather(1, images).masked_fill_(~counted, torch.nan)
+    few = own.shape[1] <= FEW_MATCHES
+    tied = (_count(torch.eq, block, own) != counted).any(1) if few else counted.any(1)
+    if tied.any():
+        ranked = block[tied].argsort(dim=1, stable=True)
+        ignored = (keys[tied] == g_keys).byte().gather(1, ranked)  # others may be infinitely far too
+        ranked = ranked.gather(1, ignored.argsort(dim=1, stable=True))
+        positions = torch.arange(block.shape[1], device=block.device, dtype=block.dtype)
+        block[tied] = block[tied].scatter_(1, ranked, positions.expand(len(ranked), -1))
+        own = block.gather(1, images)
+    return (_count(torch.lt, block, own) if few else own).masked_fill(~counted, torch.inf)
+
+
+def _count(compare: Callable[..., torch.Tensor], block: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return (q, M): how many columns of block (q, G) compare with each of values (q, M).
 
     Ones and zeros of the block's own dtype are compared and summed much faster on a CPU than booleans are;
     their sum is exact up to 2**24 gallery images.
     """
-    return compare(block, column, out=out).sum(1)
+    out = torch.empty_like(block)
+    return torch.stack([compare(block, column, out=out).sum(1) for column in values.split(1, dim=1)], dim=1)
 
 
-def _ranks(block: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Return each distance's place in its row of block (q, G); ties in the order (G,) given of columns."""
-    ranked = order[block.index_select(1, order).argsort(dim=1, stable=True)]
-    places = torch.arange(len(order), device=block.device, dtype=block.dtype)
-    return torch.empty_like(block).scatter_(1, ranked, places.expand_as(block))
-
-
-class _Gallery:
-    """The gallery images that some queries are compared with, in the order that makes counting cheap.
-
-    Columns come in turns: first one image of every identity, then a second image of those that have one, and
-    so on, identities with more images first. So the k-th column of every turn is identity k's, and the
-    nearest image of every identity is the minimum over turns, with no padding. Where CMC counts images that
-    is not needed, and columns are the gallery as it is.
-    """
-
-    def __init__(self, g_pids: torch.Tensor, allowed: torch.Tensor, in_turns: bool):
-        order = g_pids[allowed].argsort(stable=True)
-        pids, identity, counts = torch.unique_consecutive(
-            g_pids[allowed][order], return_inverse=True, return_counts=True
-        )
-        turn = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[identity]
-        by_count = counts[identity].argsort(descending=True, stable=True)
-        by_turn = by_count[turn[by_count].argsort(stable=True)]
-        images = allowed[order[by_turn]]
-        self.columns, self.places = (images, None) if in_turns else (allowed, images)
-        self.in_turns = in_turns
-        self.pids, self.counts = pids, counts
-        self.index = counts.argsort(descending=True, stable=True).argsort()  # of each pid within a turn
-        widths = torch.bincount(turn)
-        self.starts = widths.cumsum(0) - widths
-        self.widths = widths.tolist()
-        self.turns = len(self.widths)
-
-    def find(self, q_pids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which of self.pids each query is, and whether it is one at all."""
-        if not len(self.pids):
-            return torch.zeros_like(q_pids), torch.zeros_like(q_pids, dtype=torch.bool)
-        identity = torch.searchsorted(self.pids, q_pids).clamp_(max=len(self.pids) - 1)
-        return identity, self.pids[identity] == q_pids
-
-    def images(self, identity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return places (q, M) of the identities' images among columns, and which entries are no padding."""
-        counts = self.counts[identity, None]
-        turns = torch.arange(int(counts.max()) if len(identity) else 0, device=identity.device)
-        real = turns < counts
-        places = (self.starts[turns] + self.index[identity, None]).masked_fill_(~real, 0)
-        return places if self.in_turns else self.places[places], real
-
-    def arrange(self, block: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
-        """Return the columns of block (q, all gallery images)."""
-        if not self.in_turns:
-            return block
-        arranged = scratch.empty("arranged", block, (len(block), len(self.columns)))
-        return torch.index_select(block, 1, self.columns, out=arranged)
-
-    def nearest(self, block: torch.Tensor, scratch: _Scratch) -> torch.Tensor:
-        """Return (q, identities): the distance of the nearest image of each."""
-        first, *others = block.split(self.widths, dim=1)
-        result = scratch.empty("nearest", first, first.shape).copy_(first)
-        for turn in others:
-            part = result[:, : turn.shape[1]]
-            torch.minimum(part, turn, out=part)
-        return result
-
-
-# ---- the protocols' rules
-
-
-def _comparisons(protocol: str, ids: _Ids) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return groups of queries (indices) with the gallery images (indices) that they are compared with."""
-    queries, images = (torch.arange(len(pids), device=pids.device) for pids in (ids.q_pids, ids.g_pids))
-    if protocol != "sysu":
-        return [(queries, images)]
-    beside = ids.q_camids == 3  # in the same room as camera 2
-    return [(queries[beside], images[ids.g_camids != 2]), (queries[~beside], images)]
-
-
-def _ignored(protocol: str, ids: _Ids, queries: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Tell which pairs of a query and a gallery image of its group (indices, broadcast) are ignored yet."""
-    if protocol != "llcm":
-        return torch.zeros((), dtype=torch.bool, device=images.device)
-    same_pid = ids.q_pids[queries] == ids.g_pids[images]
-    return same_pid & (ids.q_camids[queries] == ids.g_camids[images])
-
-
-def _ids(protocol, size, device, q_pids, g_pids, q_camids, g_camids) -> _Ids:
-    """Check protocol and lengths, bring the ids to the device; regdb has no camids, so any will do."""
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
-    if protocol == "regdb":
-        q_camids, g_camids = q_pids, g_pids
-    ids = _Ids(*(as_tensor(values).to(device).long() for values in (q_pids, g_pids, q_camids, g_camids)))
-    for name, values in ids._asdict().items():
-        expected = size[0] if name.startswith("q") else size[1]
-        if values.shape != (expected,):
-            raise ValueError(f"{name} must have shape ({expected},), not {tuple(values.shape)}")
-    return ids
-
-
-# ---- arrays and distances
-
-
-def _lines(ids: _Ids) -> int:
-    """Queries counted at a time: their distances stay in a CPU's cache; a GPU wants many."""
-    return max(1, (CACHED if ids.g_pids.device.type == "cpu" else BLOCK) // max(len(ids.g_pids), 1))
-
-
-def _feature_distances(
-    query_features: torch.Tensor, gallery_features: torch.Tensor
-) -> Callable[[torch.Tensor, int], Iterator[torch.Tensor]]:
-    """Return distances(rows, lines), which yields (lines, G) blocks of negative cosine similarity.
-
-    It ranks as distance does. Products are larger than blocks: one of few queries would only wait for the
-    gallery's features to come from memory.
-    """
-
-    def distances(rows: torch.Tensor, lines: int) -> Iterator[torch.Tensor]:
-        height = max(1, max(64, BLOCK // max(len(gallery_features), 1)) // lines) * lines
-        for part in rows.split(height):
-            with torch.autocast(query_features.device.type, enabled=False):
-                products = query_features.index_select(0, part).neg_() @ gallery_features.T
-            yield from products.split(lines)
-
-    return distances
+def _precision(nearer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return average precision and inverse negative penalty, float64 (q,), of matches with nearer (q, M)."""
+    position = nearer.double().sort(dim=1).values + 1  # in the ranking, from 1
+    total = position.isfinite().sum(1)
+    number = torch.arange(1, position.shape[1] + 1, device=position.device)  # of matches up to here
+    return (number / position).sum(1) / total, total / position.gather(1, total[:, None] - 1)[:, 0]

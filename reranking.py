@@ -1,4 +1,4 @@
-"""k-reciprocal re-ranking (Zhong et al., CVPR 2017) with sparse matrices, and how features are taken in."""
+"""k-reciprocal re-ranking (Zhong et al., CVPR 2017) with sparse matrices."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -6,10 +6,10 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from devices import Array, as_features
+
 PAIRS = 2**19  # pairs of sparse entries compared at a time: 25 MB of temporaries
 SYMMETRIC = 192  # images in a block of the (N, N) distances
-
-Array = np.ndarray | torch.Tensor
 
 
 @torch.no_grad()
@@ -68,23 +68,6 @@ def k_reciprocal(
     jaccard = overlap.div_(2 - overlap).neg_().add_(1)
     distmat.add_(jaccard.to(distmat.device), alpha=1 - lambda_value)
     return distmat if isinstance(query_features, torch.Tensor) else distmat.numpy()
-
-
-def as_tensor(values: Array) -> torch.Tensor:
-    """A tensor of an array or a tensor, sharing its memory where that can be written to."""
-    if isinstance(values, torch.Tensor):
-        return values.detach()
-    return torch.from_numpy(np.require(values, requirements="CW"))  # torch warns of read-only arrays
-
-
-def as_features(values: Array) -> torch.Tensor:
-    """A float32 tensor (N, D); ValueError for another shape, NaN or infinity."""
-    features = as_tensor(values).float()
-    if features.ndim != 2:
-        raise ValueError(f"features must be (N, D), not {tuple(features.shape)}")
-    if features.numel() and not torch.isfinite(torch.stack(features.aminmax())).all():
-        raise ValueError("features hold NaN or infinity")
-    return features
 
 
 def _distances(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

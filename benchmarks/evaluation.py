@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 import eval_metrics
-from benchmarks.baseline_evaluation import evaluate_loop
 from benchmarks.timing import compare, run_alone
+from tests.oracles import evaluate_loop
 
 DIM = 2048
 

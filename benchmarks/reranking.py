@@ -5,9 +5,9 @@ import functools
 import numpy as np
 import torch
 
-from benchmarks.baseline_evaluation import k_reciprocal_loop
 from benchmarks.timing import compare, run_alone
 from eval_metrics import k_reciprocal
+from tests.oracles import k_reciprocal_loop
 
 DIM = 2048
 

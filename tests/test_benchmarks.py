@@ -81,7 +81,7 @@ def test_a_machine_without_a_gpu_is_told_so(monkeypatch):
 
 
 def test_every_script_is_in_the_table():
-    shared = {"__init__", "__main__", "timing", "workload", "baseline_evaluation", "limits", "plain_input"}
+    shared = {"__init__", "__main__", "timing", "workload", "limits", "plain_input"}
     assert {path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")} - shared == set(NAMES)
 
 

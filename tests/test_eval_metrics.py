@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import eval_metrics
-from benchmarks.baseline_evaluation import evaluate_loop
 from eval_metrics import (
     Metrics,
     Trial,
@@ -17,9 +16,11 @@ from eval_metrics import (
     evaluate,
     evaluate_trials,
     k_reciprocal,
+    matched,
     summarize,
     top_k,
 )
+from tests.oracles import evaluate_loop, ignored_images
 
 CAMERAS = {"sysu": ((3, 6), (1, 2, 4, 5)), "regdb": ((1,), (2,)), "llcm": ((1, 2, 4), range(1, 10))}
 
@@ -165,14 +166,8 @@ def test_blocks_do_not_change_the_result(protocol, monkeypatch):
     features = unit(rng, 60, 16), unit(rng, 150, 16)
     expected = evaluate_loop(-features[0] @ features[1].T, *ids, protocol)
     rankings = []
-    for product, matches, cached in (
-        (1, 1, 1),
-        (900, 200, 300),
-        (10**4, 10**4, 10**3),
-        (10**6, 10**6, 10**6),
-    ):
-        monkeypatch.setattr(eval_metrics, "BLOCK", product)
-        monkeypatch.setattr(eval_metrics, "MATCHES", matches)
+    for product, cached in ((1, 1), (900, 300), (10**4, 10**3), (10**6, 10**6)):
+        monkeypatch.setattr(eval_metrics, "PRODUCT", product)
         monkeypatch.setattr(eval_metrics, "CACHED", cached)
         assert_same(evaluate(*features, *ids, protocol), expected)
         rankings.append(top_k(*features, *ids, protocol, 5))
@@ -274,6 +269,17 @@ def test_inputs_are_left_as_they_are(protocol):
     np.testing.assert_array_equal(distmat, before)
 
 
+@pytest.mark.parametrize("protocol", CAMERAS)
+def test_which_queries_have_a_match(protocol):
+    q_pids, g_pids, q_camids, g_camids = draw(protocol, num_gallery=40)
+    expected = []
+    for pid, camid in zip(q_pids, q_camids, strict=True):
+        ignored = ignored_images(protocol, pid, camid, g_pids, g_camids)
+        expected.append(bool((g_pids[~ignored] == pid).any()))
+    assert 0 < sum(expected) < len(expected)
+    assert matched(protocol, q_pids, g_pids, q_camids, g_camids).tolist() == expected
+
+
 # ---- ranked results
 
 
@@ -287,11 +293,7 @@ def test_top_k_leaves_out_what_the_protocol_ignores(protocol):
     assert nearest.dtype == torch.int64
     shortest = 30
     for query in range(60):
-        ignored = np.zeros(30, dtype=bool)
-        if protocol == "sysu" and q_camids[query] == 3:
-            ignored = g_camids == 2
-        elif protocol == "llcm":
-            ignored = (g_camids == q_camids[query]) & (g_pids == q_pids[query])
+        ignored = ignored_images(protocol, q_pids[query], q_camids[query], g_pids, g_camids)
         order = np.argsort(-features[1] @ features[0][query])
         order = order[~ignored[order]]
         shortest = min(shortest, len(order))

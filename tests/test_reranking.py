@@ -8,8 +8,8 @@ import torch
 from scipy.spatial.distance import cdist
 
 import reranking
-from benchmarks.baseline_evaluation import k_reciprocal_loop
 from reranking import k_reciprocal
+from tests.oracles import k_reciprocal_loop
 
 
 def unit(rng, num, dim):

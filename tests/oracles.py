@@ -1,7 +1,7 @@
-"""Evaluation and re-ranking the way one would first write them: query by query, with sorting.
+"""What the project computes, as one would first write it: plain loops from docs/method.md and papers.
 
-Precision is computed at every place of the ranking, and re-ranking keeps dense (N, N) matrices, as the
-field's Python evaluations and the re-ranking paper's own code do. The tests use these loops as oracles.
+Tests compare with them, and benchmarks measure against them. Evaluation sorts the gallery query by query and
+computes precision at every position of the ranking; re-ranking keeps dense (N, N) matrices.
 """
 
 import numpy as np
