@@ -1,6 +1,6 @@
 """What the datasets are: layouts, splits, queries, galleries and trials; paths and ids, no pixels.
 
-The layouts and protocols are those of docs/method.md, section 8.
+The layouts and protocols are those of docs/method.md, section 8; own images are in own_data.py.
 """
 
 import functools
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+import own_data
 from dataset_files import (
     Cells,
     image_paths,
@@ -72,6 +73,8 @@ DATASETS = {
         "LLCM", 384, 144, 4, "sysu", (20, 40), range(10), BOTH_WAYS, "idx",
         {(mode, 1): (None, None, 351) for mode in BOTH_WAYS},
     ),
+    # RegDB's protocol, preprocessing, recipe, size and schedule: they were chosen together.
+    "folder": Dataset("own images", 288, 144, 5, "regdb", (30, 60), range(1), BOTH_WAYS, "", {}),
 }  # fmt: skip
 
 # Images in folders camN/PID of these: modality -> camid -> folder. All of SYSU-MM01, LLCM's test split.
@@ -126,8 +129,9 @@ def train_samples(
 
     split: "trainval", or, for SYSU-MM01, "train": the 296 ids alone. trial: RegDB's split, 1..10.
     SYSU-MM01 comes in the order id, camera, file name; RegDB and LLCM in that of their index files, with the
-    labels written there as pids. An id of SYSU-MM01 with images in one modality only is left out with a
-    warning. camids: RegDB 1 visible, 2 infrared; LLCM by the file name's _cNN_, else 0.
+    labels written there as pids; own images as own_data.read_split has them. An id of SYSU-MM01 or of own
+    images in one modality only is left out with a warning. camids: RegDB 1 visible, 2 infrared; LLCM by the
+    file name's _cNN_, else 0.
     UserError: a missing or malformed index file, an image file that does not exist, an id without images, an
     id of RegDB or LLCM in one modality only, images or ids that are in the test split too.
     """
@@ -136,7 +140,7 @@ def train_samples(
     _choose("split", split, ("trainval", "train") if name == "sysu" else ("trainval",))
     refuse_shared(name, root, trial)
     if name != "sysu":
-        return _index_split(name, root, "train", trial)
+        return read_split(name, root, "train", trial)
 
     cells = _folder_split(name, root, split)
     pids = {modality: {pid for pid, _ in part} for modality, part in cells.items()}
@@ -170,6 +174,8 @@ def query_samples(
     refuse_shared(name, root, trial, split)
     if name == "regdb":
         return _index_samples(name, root, "test", modality, trial)
+    if name == "folder":
+        return _own_samples(root, "test")[modality]
     return _samples(_folder_split(name, root, split)[modality], modality, root, split)
 
 
@@ -187,8 +193,8 @@ def gallery_samples(
 
     SYSU-MM01: shot images of each (id, camera) of the mode: drawn by random.Random(trial) ("seeded"), or, for
     the test split, the first of the authors' exp/rand_perm_cam.mat ("published"). LLCM: one seeded image of
-    each (id, camera). RegDB: every image of the trial's index file. allow_short: where an (id, camera) has
-    fewer than shot images, take all of them.
+    each (id, camera). RegDB: every image of the trial's index file; own images: every test image.
+    allow_short: where an (id, camera) has fewer than shot images, take all of them.
     UserError: as query_samples; too few images without allow_short; a rand_perm_cam.mat that is missing,
     unreadable, of another shape, or orders other images than the dataset has.
     """
@@ -199,6 +205,8 @@ def gallery_samples(
     modality = dataset.gallery_modality(mode)
     if name == "regdb":
         return _index_samples(name, root, "test", modality, trial)
+    if name == "folder":
+        return _own_samples(root, "test")[modality]
 
     cells = _folder_split(name, root, split)[modality]
     if name == "sysu":
@@ -349,6 +357,13 @@ def _index_split(
     return samples
 
 
+def _own_samples(root: str | os.PathLike, split: str) -> dict[str, Samples]:
+    return {
+        modality: Samples(paths, np.array(pids, dtype=np.int64), np.array(camids, dtype=np.int64), modality)
+        for modality, (paths, pids, camids) in own_data.read_split(root, split).items()
+    }
+
+
 # --- what else a split can have wrong
 
 
@@ -363,6 +378,8 @@ def read_split(
 
     A modality without images is left out. Problems are appended to problems, if that is given, not raised.
     """
+    if name == "folder":
+        return _own_samples(root, split)
     if name == "regdb" or (name, split) == ("llcm", "train"):
         return _index_split(name, root, split, trial, problems)
     cells = _folder_split(name, root, split, problems)
@@ -371,7 +388,7 @@ def read_split(
 
 def unknown_cameras(name: str, root: str | os.PathLike) -> list[str]:
     """Folders below root that are named like a camera's, such as cam7, and that the layout does not have."""
-    known = {folder for cameras in _CAMERA_FOLDERS[name].values() for folder in cameras.values()}
+    known = {folder for cameras in _CAMERA_FOLDERS.get(name, {}).values() for folder in cameras.values()}
     parents = {os.path.dirname(folder) for folder in known}
     found = {
         os.path.join(parent, folder.name)
@@ -388,7 +405,7 @@ def refuse_shared(name: str, root: str | os.PathLike, trial: int | None = None, 
     split: "test", or, for SYSU-MM01, "val", whose ids are then not trained on. Compared are what the files
     of the splits list; a file that does not exist is not compared. RegDB's labels count from 0 in each
     file: its identities are the folders, unless a folder holds several labels. An LLCM training image's id
-    is its folder's number.
+    is its folder's number. Own images are compared whenever they are read.
     """
     dataset = DATASETS[_choose("--dataset", name, tuple(DATASETS))]
     if name == "regdb":
@@ -399,6 +416,7 @@ def refuse_shared(name: str, root: str | os.PathLike, trial: int | None = None, 
                 trained, tested = ({path: label for _, path, label in read_index(file)} for file in files)
                 _refuse_both(*files, "image", trained.keys() & tested.keys())
                 _refuse_both(*files, "folder", _identity_folders(trained) & _identity_folders(tested))
+    if name in ("regdb", "folder"):
         return
     (tests,) = _id_files(name, root, split)
     tested = set(read_ids(tests)) if tests.is_file() else set()

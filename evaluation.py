@@ -33,6 +33,14 @@ class Protocol:
     shot: int = 1
     galleries: str = "seeded"
     split: str = "test"
+    ignore_same_camera: bool = False  # own images: as LLCM does
+
+    @property
+    def rule(self) -> str:
+        """Whose rules eval_metrics applies; own images have RegDB's, or LLCM's if cameras count."""
+        if self.dataset != "folder":
+            return self.dataset
+        return "llcm" if self.ignore_same_camera else "regdb"
 
     @property
     def title(self) -> str:
@@ -45,6 +53,8 @@ class Protocol:
         words = [self.mode.replace("-", " ")]
         if self.dataset == "sysu":
             words += [{1: "single-shot", 10: "multi-shot"}[self.shot], f"{self.galleries} galleries"]
+        if self.ignore_same_camera:
+            words.append("same camera ignored")
         if self.split != "test":
             words.append(f"{self.split} ids")
         return ", ".join(words)
@@ -93,6 +103,11 @@ class Evaluation:
                     **choice,
                 )
                 self.samples[protocol, trial] = queries[key], gallery
+                if protocol.ignore_same_camera:
+                    for samples in self.samples[protocol, trial]:
+                        if not samples.camids.all():
+                            path = samples.paths[int(np.argmin(samples.camids))]
+                            raise UserError(f"--ignore-same-camera: no camid of {path}")
                 if allow_short:
                     cells = np.stack([gallery.pids, gallery.camids], axis=1)
                     keys, counts = np.unique(cells, axis=0, return_counts=True)
@@ -202,7 +217,7 @@ class Evaluation:
         results = {}
         for protocol, those in trials.items():
             try:
-                results[protocol] = evaluate_trials(those, protocol.dataset, rerank)
+                results[protocol] = evaluate_trials(those, protocol.rule, rerank)
             except ValueError as error:
                 raise UserError(f"{protocol.title}: {error}") from error
         return results

@@ -29,7 +29,7 @@ from utils import UserError, log
 # Settings that may differ between the parts of one run; every other one is fixed by its checkpoint.
 MAY_CHANGE = {
     "data_path", "array_path", "model_path", "log_path", "epochs", "workers", "gpu", "cache", "test_batch",
-    "name", "resume", "overwrite", "check",
+    "name", "resume", "overwrite", "check", "test_identities",
 }  # fmt: skip
 IN_NAME = ("dataset", "num_pos", "batch_size", "lr", "seed", "trial")
 

@@ -67,6 +67,11 @@ def get_args_parser() -> Parser:
     what.add_argument(
         "--allow-short", action="store_true", help="take galleries with fewer images than --shot"
     )
+    what.add_argument(
+        "--ignore-same-camera", action="store_true",
+        help="own images: a gallery image of the query's identity and camera does not count, and CMC counts "
+        "identities: LLCM's rules",
+    )  # fmt: skip
     what.add_argument("--rerank", choices=("k-reciprocal",), help="add rows with the galleries re-ranked")
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument("--format", choices=STYLES, default="text", help="of the table (text)")
@@ -181,6 +186,8 @@ def heading(
     facts = DATASETS[args.dataset]
     some = "" if len(trials) == len(facts.trials) else f" of the {len(facts.trials)}"
     those = f"mean over {len(trials)}{some} trials" if len(trials) > 1 else f"trial {trials[0]} alone"
+    if len(facts.trials) == 1:
+        those = "one split"
     if some and len(trials) > 1:
         those += f" ({', '.join(map(str, trials))})"
     if len(checkpoints) > 1:
@@ -268,7 +275,7 @@ def save_figure(path: str, features: Features, evaluation: Evaluation, count: in
         gallery.pids,
         query.camids[picked],
         gallery.camids,
-        protocol.dataset,
+        protocol.rule,
         10,
     )
     ranked = [[(gallery.paths[g], gallery.pids[g]) for g in line if g >= 0] for line in order.tolist()]
@@ -289,7 +296,12 @@ def main(args: argparse.Namespace) -> None:
     checkpoints = [describe(path, trial) for trial, path in paths.items()]
     fill_in(args, saved_settings(checkpoints[0], checkpoints[0]["path"]))
     modes, shots = dict.fromkeys(args.mode), dict.fromkeys(args.shot)
-    protocols = [Protocol(args.dataset, mode, shot, args.galleries) for mode in modes for shot in shots]
+    if args.ignore_same_camera and args.dataset != "folder":
+        raise UserError(f"--ignore-same-camera: for own images; {facts.title} has a rule of its own")
+    protocols = [
+        Protocol(args.dataset, mode, shot, args.galleries, ignore_same_camera=args.ignore_same_camera)
+        for mode in modes for shot in shots
+    ]  # fmt: skip
     everything = all_test_images(root) if args.save_mat else []
     evaluation = Evaluation(
         root, protocols, trials, args.img_h, args.img_w, allow_short=args.allow_short,

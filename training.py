@@ -24,6 +24,7 @@ from images import open_training_arrays, training_arrays
 from loss import PROXIES
 from memory import MemoryBank
 from model import ARCHS, STEMS, TwoStreamResNet, load_strictly
+from own_data import draw_split
 from runs import MAY_CHANGE, Run, run_name
 from utils import Parser, UserError, at_least, data_flags, device_flags, log, positive, seed_number
 
@@ -52,6 +53,10 @@ def get_args_parser() -> Parser:
         "--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="values that become grey 0 and 255 in images of more than eight bits (found from the training "
         "images)",
+    )  # fmt: skip
+    data.add_argument(
+        "--test-identities", type=at_least(1), metavar="N",
+        help="own images without a split: draw, once, the N identities that are tested on",
     )  # fmt: skip
     data.add_argument("--trial", type=trial, metavar="N", help="RegDB's split, 1 to 10, or all in turn (1)")
     data.add_argument(
@@ -184,6 +189,8 @@ def parse_args(
         parser.error(f"argument --decay-epochs: {args.decay_epochs[1]} comes before {args.decay_epochs[0]}")
     if args.trial is not None and dataset != "regdb":
         parser.error(f"argument --trial: {facts.title} has one training split; only RegDB has ten")
+    if args.test_identities is not None and dataset != "folder":
+        parser.error(f"argument --test-identities: {facts.title} has a split of its own")
     if args.select == "val" and dataset != "sysu":
         parser.error("argument --select: only SYSU-MM01 has val ids")
     if args.name is None:
@@ -327,6 +334,10 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
     seed_globally(args.seed, args.deterministic)
 
     root = data_manager.dataset_root(args.dataset, args.data_path)
+    if args.test_identities is not None:
+        if processes.rank == 0:
+            draw_split(root, args.test_identities, args.seed)
+        processes.barrier()
     protocol = Protocol(args.dataset, args.mode, split="val" if args.select == "val" else "test")
     trials = [int(args.trial)] if args.trial else DATASETS[args.dataset].trials
     evaluation = Evaluation(root, [protocol], trials, args.img_h, args.img_w)

@@ -1,7 +1,8 @@
 """Synthetic visible-infrared re-identification datasets as image files; `python -m synthetic` draws one.
 
-The folder has the exact layout of SYSU-MM01, RegDB or LLCM (docs/method.md, section 8), so that every script
-of this project reads it as it would the real one. people.py draws the images.
+The folder has the exact layout of SYSU-MM01, RegDB or LLCM (docs/method.md, section 8), or that of own images
+(docs/own-data.md), so that every script of this project reads it as it would the real one. people.py draws
+the images.
 """
 
 import io
@@ -23,11 +24,12 @@ from synthetic.people import MOMENT, SPLIT, make_camera, make_identity, render
 from utils import UserError, whole_file
 
 # Defaults per dataset: training identities, test identities, images per identity and camera.
-SIZES = {"sysu": (100, 40, 5), "regdb": (50, 50, 10), "llcm": (60, 30, 3)}
+SIZES = {"sysu": (100, 40, 5), "regdb": (50, 50, 10), "llcm": (60, 30, 3), "folder": (60, 30, 4)}
 CAMERAS = {
     "sysu": {"visible": (1, 2, 4, 5), "infrared": (3, 6)},
     "regdb": {"visible": (1,), "infrared": (1,)},
     "llcm": {"visible": tuple(range(1, 10)), "infrared": (1, 2, 4, 5, 6, 7, 8, 9)},
+    "folder": {"visible": (1, 2), "infrared": (1, 2)},
 }
 TRIALS = 10  # RegDB's splits, and the permutations of rand_perm_cam.mat
 
@@ -133,7 +135,19 @@ def plan_llcm(identities: int, test_identities: int, images: int, seed: int) -> 
     return Plan("llcm", photos, texts)
 
 
-PLANS = {"sysu": plan_sysu, "regdb": plan_regdb, "llcm": plan_llcm}
+def plan_folder(identities: int, test_identities: int, images: int, seed: int) -> Plan:
+    """Own images in folders of identities, visible/<pid> and infrared/<pid>, not split."""
+    photos = [
+        Photo(f"{modality}/p{pid:03d}/c{camid}_{index + 1:04d}.jpg", pid, camid, modality, index)
+        for pid in range(1, identities + test_identities + 1)
+        for modality, cameras in CAMERAS["folder"].items()
+        for camid in cameras
+        for index in range(images)
+    ]
+    return Plan("folder", photos, {})
+
+
+PLANS = {"sysu": plan_sysu, "regdb": plan_regdb, "llcm": plan_llcm, "folder": plan_folder}
 
 
 def draw_photo(photo: Photo, root: str, dataset: str, seed: int, height: int, width: int) -> None:
@@ -150,7 +164,7 @@ def draw_dataset(
     """Draw a planned dataset into the folder root, whole or not at all.
 
     Args:
-        plan: what to draw, from plan_sysu, plan_regdb or plan_llcm.
+        plan: what to draw, from one of PLANS.
         root: a folder that does not exist yet or is empty.
         seed: same seed and plan, same bytes, whatever the number of workers.
         height, width: of the images, in pixels.

@@ -14,7 +14,7 @@ def get_args_parser() -> Parser:
     """The command line of this script."""
     parser = Parser(
         prog="python -m synthetic",
-        description="Draw a synthetic dataset of people in the layout of SYSU-MM01, RegDB or LLCM.",
+        description="Draw a synthetic dataset of people in the layout of SYSU-MM01, RegDB, LLCM or own data.",
     )
     train, test, images = (
         ", ".join(f"{name} {size}" for name, size in zip(SIZES, column, strict=True))
@@ -53,9 +53,12 @@ def main(args: argparse.Namespace) -> None:
     ]
     plan = PLANS[args.dataset](*sizes, args.seed)
     draw_dataset(plan, args.data_path, args.seed, args.img_h, args.img_w, args.workers)
-    print(
-        f"{args.data_path}: {len(plan.photos)} images of {sizes[0]} training and {sizes[1]} test identities"
-    )
+    people = f"{sizes[0]} training and {sizes[1]} test identities"
+    if args.dataset == "folder":
+        people = (
+            f"{sizes[0] + sizes[1]} identities, which --test-identities {sizes[1]} of train.py will split"
+        )
+    print(f"{args.data_path}: {len(plan.photos)} images of {people}")
     if args.contact_sheet:
         contact_sheet(plan, args.data_path, args.contact_sheet)
         print(f"{args.contact_sheet}: a contact sheet")

@@ -105,11 +105,12 @@ def refused(call, *words):
 
 
 def test_facts():
-    assert set(DATASETS) == {"sysu", "regdb", "llcm"}
+    assert set(DATASETS) == {"sysu", "regdb", "llcm", "folder"}
     assert [(d.height, d.width, d.num_pos) for d in DATASETS.values()] == [
         (384, 128, 4),
         (288, 144, 5),
         (384, 144, 4),
+        (288, 144, 5),
     ]
     assert DATASETS["sysu"].modes == ("all", "indoor")
     assert DATASETS["regdb"].modes == DATASETS["llcm"].modes == ("visible-to-infrared", "infrared-to-visible")

@@ -24,6 +24,7 @@ OTHER = {
     "num_pos": 1, "pad": 2, "proxies": "both", "seed": 5, "deterministic": True, "compile": True,
     "mode": "indoor", "select": "val", "eval_start": 0, "eval_every": 1, "model_path": "models",
     "log_path": "logs", "name": "mine", "resume": "auto", "overwrite": True, "check": True,
+    "pixel_range": [0.0, 9.0], "test_identities": 3,
 }  # fmt: skip
 
 

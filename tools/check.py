@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from data_manager import CAPTURED, DATASETS, Samples, dataset_root, read_split, refuse_shared, unknown_cameras
 from dataset_files import IMAGE_SUFFIXES, listed, number
-from utils import Parser, UserError, run_script
+from own_data import draw_split
+from utils import Parser, UserError, at_least, log_to_terminal, run_script, seed_number
 
 Splits = dict[str, dict[str, Samples]]  # split -> modality -> images; RegDB's are "train 1", "test 1", …
 
@@ -63,7 +64,7 @@ def check(name: str, root: str | os.PathLike) -> tuple[list[str], bool]:
     splits = read_splits(name, root, problems)
     paths = {path for parts in splits.values() for part in parts.values() for path in part.paths}
     problems += unreadable(sorted(paths))
-    rows = count_rows(splits, PUBLISHED[name])
+    rows = count_rows(splits, PUBLISHED.get(name, {}))
     wrong = sum(row[-1] == "differs" for row in rows)
 
     table = [("split", "modality", "camera", "ids", "published", "images", "published", ""), *rows]
@@ -157,7 +158,7 @@ def not_taken(name: str, root: str | os.PathLike, taken: set[str]) -> list[str]:
 
     taken: the paths of all images of the splits.
     """
-    cameras = [] if name == "regdb" else unknown_cameras(name, root)
+    cameras = unknown_cameras(name, root)
     known = {number(os.path.basename(os.path.dirname(path))) for path in taken}
     pids, images, others = set(), [], []
     apart = {DATASETS[name].index_folder, *cameras}
@@ -200,13 +201,23 @@ def get_args_parser() -> Parser:
     )
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="which dataset")
     parser.add_argument("--data-path", metavar="DIR", help="the dataset's folder (data/<dataset>)")
+    parser.add_argument(
+        "--test-identities", type=at_least(1), metavar="N", help="own images: draw, once, who is tested on"
+    )
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of that draw (0)")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the check; 0 if the dataset is complete, 1 if not."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what a terminal cannot show
-    lines, complete = check(args.dataset, dataset_root(args.dataset, args.data_path))
+    root = dataset_root(args.dataset, args.data_path)
+    if args.test_identities is not None:
+        if args.dataset != "folder":
+            raise UserError(f"--test-identities: {DATASETS[args.dataset].title} has a split of its own")
+        log_to_terminal(stream=sys.stderr)
+        draw_split(root, args.test_identities, args.seed)
+    lines, complete = check(args.dataset, root)
     print("\n".join(lines))
     return 0 if complete else 1
 
