@@ -123,7 +123,7 @@ def _csv_images(root: Path) -> list[OwnImage]:
     file = root / CSV_FILE
     lines = read_text(file).splitlines()
     try:
-        header, *rows = csv.reader(lines, strict=True) if lines else [[]]
+        header, *rows = csv.reader(lines, strict=True, skipinitialspace=True) if lines else [[]]
     except csv.Error as error:
         raise UserError(f"{file}: not a CSV file: {error}") from error
     header = [word.strip().lower() for word in header]
@@ -172,7 +172,7 @@ def with_splits(root: str | os.PathLike, images: list[OwnImage]) -> list[OwnImag
         return images
     file = Path(root, SPLIT_FILE)
     if not file.exists():
-        raise UserError(f"{root}: which identities are tested on? --test-identities N draws them, once")
+        raise UserError(f"{root}: no split: --test-identities N of train.py and tools.check draws one")
     tested = _read_split_file(file)
     if unknown := tested - {image.pid for image in images}:
         raise UserError(f"{file}: lists identities without images: {listed(unknown)}")

@@ -63,7 +63,7 @@ def check(name: str, root: str | os.PathLike) -> tuple[list[str], bool]:
     problems: list[str] = []
     splits = read_splits(name, root, problems)
     paths = {path for parts in splits.values() for part in parts.values() for path in part.paths}
-    problems += unreadable(sorted(paths))
+    problems = [*dict.fromkeys(problems), *unreadable(sorted(paths))]  # two splits may share a problem
     rows = count_rows(splits, PUBLISHED.get(name, {}))
     wrong = sum(row[-1] == "differs" for row in rows)
 
@@ -76,7 +76,7 @@ def check(name: str, root: str | os.PathLike) -> tuple[list[str], bool]:
         lines.append("  ".join(texts).rstrip())
     lines.append("")
     lines += [f"problem: {problem}" for problem in problems]
-    lines += [f"note: {root}: {note}" for note in not_taken(name, root, paths)]
+    lines += [f"note: {root}: {note}" for note in (not_taken(name, root, paths) if paths else ())]
     complete = not wrong and not problems
     lines.append(
         "complete" if complete else f"not complete: counts that differ {wrong}, problems {len(problems)}"
