@@ -17,7 +17,7 @@ from utils import UserError, log, log_to_terminal
 NET = {"w": torch.zeros(3)}
 # A value of each flag that is not its default.
 OTHER = {
-    "pixel_range": [0.0, 9.5], "data_path": "elsewhere", "img_h": 64, "img_w": 32, "gpu": -1, "workers": 99,
+    "data_path": "elsewhere", "img_h": 64, "img_w": 32, "gpu": -1, "workers": 99,
     "amp": "off", "test_batch": 7, "array_path": "arrays", "cache": "disk", "arch": "resnet18",
     "stem": "shared", "weights": "none", "epochs": 3, "lr": 0.1, "warmup_epochs": 1,
     "decay_epochs": [1, 2], "batch_size": 2,
