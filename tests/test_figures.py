@@ -1,74 +1,349 @@
-"""results/figures.py: right and wrong images are framed as such, and what cannot be drawn is told."""
+"""results/: rankings and similarities against naive loops, and what the figures and the sheets show."""
 
+import base64
+import io
 import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from results.figures import ranked_results
+from augmentation import normalize
+from eval_metrics import eval_llcm, eval_regdb, eval_sysu
+from model import TwoStreamResNet
+from results import figures, rankings, sprites
+from results.learning import log_file, read_log
+from results.pictures import activation_maps, augmentation_grid, embed, overlay
+from results.rankings import camera_pairs, choose_queries, ignored_pairs, rank_queries
+from results.similarity import Similarities, equal_error_rate, overlap, sample_similarities
 from utils import UserError
-
-HEIGHT, WIDTH = 24, 10
-GREEN, RED, GREY = (0x2E, 0x9E, 0x4F), (0xD2, 0x37, 0x2C), (0x5B, 0x64, 0x70)
 
 
 @pytest.fixture
-def image(tmp_path):
-    """A function that makes a plain image file of a colour."""
-
-    def make(name, color):
-        Image.new("RGB", (30, 50), color).save(tmp_path / name)
-        return str(tmp_path / name)
-
-    return make
+def rng():
+    return np.random.default_rng(0)
 
 
-def framed(picture):
-    """Rows of (frame colour, image colour, left, top), as a reader of the picture sees them."""
-    found = {}
-    for color in (GREEN, RED, GREY):
-        mask = (picture == color).all(2)
-        for top, left in np.argwhere(mask):
-            if not mask[top - 1, left] and not mask[top, left - 1]:  # a frame's upper left corner
-                inside = picture[top + 4 + HEIGHT // 2, left + 4 + WIDTH // 2]
-                block = mask[top : top + HEIGHT + 8, left : left + WIDTH + 8]
-                if block.sum() == (HEIGHT + 8) * (WIDTH + 8) - HEIGHT * WIDTH:  # 4 pixels all around
-                    found[top, left] = color, tuple(inside.tolist())
-    rows = sorted({top for top, _ in found})
-    return [[found[key] for key in sorted(found) if key[0] == top] for top in rows]
+def random_trial(rng, queries=40, images=60):
+    """distmat with ties, then pids and camids: some queries have no match, some only ignored ones."""
+    distmat = rng.integers(0, 25, (queries, images)) / 25
+    ids = rng.integers(0, 9, queries), rng.integers(1, 9, images)
+    return distmat, *ids, rng.choice([3, 6], queries), rng.choice([1, 2, 3, 6], images)
 
 
-def test_queries_stand_left_and_frames_tell_right_from_wrong(image, tmp_path):
-    blue, white, black = (0, 0, 255), (250, 250, 250), (0, 0, 0)
-    files = [image(f"{k}.png", color) for k, color in enumerate((blue, white, black))]
-    queries = [(files[0], 7), (files[1], 8)]
-    ranked = [[(files[1], 7), (files[2], 8), (files[0], np.int64(7))], [(files[2], 8)]]  # rows may be short
-    ranked_results(queries, ranked, tmp_path / "figures" / "out.png", HEIGHT, WIDTH)
-    with Image.open(tmp_path / "figures" / "out.png") as picture:
-        assert picture.format == "PNG"
-        rows = framed(np.asarray(picture.convert("RGB")))
-    assert rows == [
-        [(GREY, blue), (GREEN, white), (RED, black), (GREEN, blue)],
-        [(GREY, white), (GREEN, black)],
-    ]
+# ---- each query's own ranking
 
 
-def test_a_query_without_results_is_drawn_alone(image, tmp_path):
-    ranked_results([(image("q.png", (1, 2, 3)), 7)], [[]], tmp_path / "out.png", HEIGHT, WIDTH)
-    with Image.open(tmp_path / "out.png") as picture:
-        assert framed(np.asarray(picture.convert("RGB"))) == [[(GREY, (1, 2, 3))]]
+@pytest.mark.parametrize("protocol", ["sysu", "regdb", "llcm"])
+def test_the_queries_together_give_the_metrics(protocol, rng):
+    for _ in range(5):
+        trial = random_trial(rng)
+        ranked = rank_queries(*trial, protocol)
+        if protocol == "regdb":
+            metrics = eval_regdb(*trial[:3])
+        else:
+            metrics = {"sysu": eval_sysu, "llcm": eval_llcm}[protocol](*trial)
+        matched = ranked.first > 0
+        assert 0 < matched.sum() < len(matched)
+        assert np.isnan(ranked.ap).tolist() == (~matched).tolist()
+        assert ranked.ap[matched].mean() == pytest.approx(metrics.mAP, abs=1e-12)
+        curve = [(ranked.first[matched] <= rank).mean() for rank in range(1, 21)]
+        np.testing.assert_allclose(curve, metrics.cmc, atol=1e-12)
 
 
-def test_an_unreadable_image_is_told_and_nothing_is_written(image, tmp_path):
-    good, bad = image("good.png", "blue"), tmp_path / "bad.png"
-    bad.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"bad\.png"):
-        ranked_results([(good, 7)], [[(str(bad), 7)]], tmp_path / "out.png")
-    assert sorted(os.listdir(tmp_path)) == ["bad.png", "good.png"]
+def test_blocks_of_queries_are_ranked_as_all_together(rng, monkeypatch):
+    trial = random_trial(rng)
+    together = rank_queries(*trial, "sysu")
+    monkeypatch.setattr(rankings, "BLOCK", 7 * 60)
+    for whole, parts in zip(together, rank_queries(*trial, "sysu"), strict=True):
+        for one, other in zip(whole, parts, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
-def test_a_path_that_cannot_be_written_is_told(image, tmp_path):
-    good = image("good.png", "blue")
-    with pytest.raises(UserError, match=r"cannot write .*good\.png/out\.png"):
-        ranked_results([(good, 7)], [[(good, 7)]], f"{good}/out.png")
+def test_the_list_has_ten_images_that_count_and_the_ignored_ones_among_them():
+    g_camids = np.array([2, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1])
+    distmat = np.arange(16.0)[None]
+    same = np.zeros(16, dtype=int)
+    ranked = rank_queries(distmat, np.array([0]), same, np.array([3]), g_camids, "sysu")
+    assert ranked.places[0].tolist() == list(range(13))  # image 13 is ignored, but behind the tenth
+    assert np.flatnonzero(ranked.ignored[0]).tolist() == [0, 1, 3]
+    ranked = rank_queries(distmat, np.array([0]), same, np.array([6]), g_camids, "sysu")
+    assert ranked.places[0].tolist() == list(range(10))
+
+
+def test_of_many_ignored_images_ten_are_listed():
+    g_camids = np.array([2] * 15 + [1])
+    ranked = rank_queries(
+        np.arange(16.0)[None], np.array([0]), np.zeros(16, int), np.array([3]), g_camids, "sysu"
+    )
+    assert ranked.places[0].tolist() == [*range(10), 15]
+
+
+def test_llcm_ignores_the_own_id_in_the_own_camera_only():
+    pids, camids = np.array([1, 1, 2]), np.array([1, 2, 1])
+    mask = ignored_pairs("llcm", np.array([1]), pids, np.array([1]), camids)
+    assert mask.tolist() == [[True, False, False]]
+
+
+def test_camera_pairs_are_the_metrics_of_their_part(rng):
+    distmat, q_pids, g_pids, q_camids, g_camids = random_trial(rng)
+    found = camera_pairs(distmat, q_pids, g_pids, q_camids, g_camids, "sysu")
+    assert set(found) == {(q, g) for q in (3, 6) for g in (1, 2, 3, 6)}
+    rows, columns = q_camids == 6, g_camids == 1
+    part = eval_sysu(
+        distmat[rows][:, columns], q_pids[rows], g_pids[columns], q_camids[rows], g_camids[columns]
+    )
+    assert found[6, 1] == pytest.approx((part.cmc[0], part.mAP))
+    assert np.isnan(found[3, 2]).all()  # never compared
+
+
+def test_queries_are_chosen(rng):
+    trial = random_trial(rng)
+    ranked, q_pids = rank_queries(*trial, "sysu"), trial[1]
+    matched = ranked.first > 0
+    worst, best = (choose_queries([word], ranked, q_pids, 5) for word in ("worst", "best"))
+    assert ranked.ap[worst].tolist() == np.sort(ranked.ap[matched])[:5].tolist()
+    assert ranked.ap[best].tolist() == np.sort(ranked.ap[matched])[::-1][:5].tolist()
+    random = choose_queries(["random"], ranked, q_pids, 5)
+    assert len(set(random.tolist())) == 5
+    assert matched[random].all()
+    both = choose_queries(["3", "5"], ranked, q_pids, 4)
+    assert q_pids[both].tolist() == [3, 5, 3, 5]
+    assert matched[both].all()
+    for wrong, message in (("0", "no query of pid 0"), ("wurst", "wurst is neither")):
+        with pytest.raises(ValueError, match=message):
+            choose_queries([wrong], ranked, q_pids)
+
+
+# ---- similarities
+
+
+def test_sampled_pairs_are_what_they_are_called():
+    """Features that are one-hot in the identity: 1 within, 0 between, and never an image with itself."""
+    pids = {"visible": np.array([5, 7, 5, 9, 7]), "infrared": np.array([7, 5, 7, 11])}
+    codes = {5: 0, 7: 1, 9: 2, 11: 3}
+    features = {m: torch.eye(4)[[codes[pid] for pid in own.tolist()]] for m, own in pids.items()}
+    found = sample_similarities(features, pids, pairs=500)
+    assert list(found) == ["visible-visible", "infrared-infrared", "visible-infrared"]
+    for pair in found.values():
+        assert set(pair.within.tolist()) == {1.0}
+        assert set(pair.between.tolist()) == {0.0}
+        assert 100 < len(pair.between) <= 500
+    marked = {m: torch.eye(len(own)) for m, own in pids.items()}  # one-hot in the image itself
+    found = sample_similarities(marked | {"infrared": torch.eye(5)[:4]}, pids, pairs=500)
+    assert found["visible-visible"].within.max() == 0
+    assert found["infrared-infrared"].within.max() == 0
+
+
+def test_kinds_that_there_are_no_pairs_of_are_left_out():
+    features = {"visible": torch.eye(2), "infrared": torch.eye(2)}
+    found = sample_similarities(features, {"visible": np.array([1, 2]), "infrared": np.array([1, 2])})
+    assert list(found) == ["visible-infrared"]  # no identity has two images of one modality
+    empty = features | {"visible": torch.empty(0, 2)}
+    assert sample_similarities(empty, {"visible": np.array([], int), "infrared": np.array([1, 1])}) == {}
+
+
+def test_overlap_and_equal_error_rate():
+    apart = Similarities(np.array([0.8, 0.9]), np.array([-0.1, 0.1]))
+    assert (overlap(apart), equal_error_rate(apart)) == (0, 0)
+    alike = Similarities(np.linspace(-0.9, 0.9, 999), np.linspace(-0.9, 0.9, 999))
+    assert overlap(alike) == pytest.approx(1)
+    assert equal_error_rate(alike) == pytest.approx(0.5, abs=0.01)
+    quarter = Similarities(np.array([0.1, 0.6, 0.7, 0.8]), np.array([0.0, 0.2, 0.3, 0.65]))
+    assert equal_error_rate(quarter) == 0.25  # at 0.6: 0.1 lies below, 0.65 above
+
+
+# ---- what the network is given, where it looks
+
+
+def test_the_grid_undoes_the_normalisation():
+    rng = np.random.default_rng(0)
+    pixels = {m: rng.integers(0, 256, (3, 8, 4, 3), dtype=np.uint8) for m in ("visible", "aux", "infrared")}
+    grid = augmentation_grid({m: normalize(torch.from_numpy(own)) for m, own in pixels.items()}, columns=2)
+    assert (grid.dtype, tuple(grid.shape)) == (torch.uint8, (3, 3 * 10, 2 * 6))
+    for row, own in enumerate(pixels.values()):  # in this order
+        for column in range(2):
+            top, left = 10 * row + 1, 6 * column + 1
+            cell = grid[:, top : top + 8, left : left + 4].permute(1, 2, 0).numpy()
+            np.testing.assert_array_equal(cell, own[column])
+    assert grid[:, 0].min() == 255  # a white line
+
+
+@pytest.mark.parametrize("stem", ["shared", "two-stream"])
+def test_activation_maps_are_of_each_image(stem):
+    torch.manual_seed(0)
+    model = TwoStreamResNet("resnet18", stem).eval()
+    images = torch.randn(2, 3, 64, 32)
+    maps = activation_maps(model, images, "infrared")
+    assert maps.shape == (2, 64, 32)
+    np.testing.assert_allclose([[m.min(), m.max()] for m in maps], [[0, 1], [0, 1]], atol=1e-6)
+    np.testing.assert_allclose(activation_maps(model, images[1:], "infrared")[0], maps[1], atol=1e-4)
+    assert not model.layer4._forward_hooks  # nothing stays behind
+    assert overlay(np.zeros((64, 32, 3), np.uint8), maps[0]).max() > 100
+
+
+def test_the_embedding_falls_back_on_principal_components(monkeypatch, rng):
+    features = rng.normal(size=(40, 8)) * [9, 3, 1, 1, 1, 1, 1, 1]
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.manifold", None)
+    points, method = embed(features)
+    assert method == "PCA"
+    centred = features - features.mean(0)
+    variance = np.sort(np.linalg.eigvalsh(centred.T @ centred))[::-1]
+    np.testing.assert_allclose(np.square(points).sum(0), variance[:2])
+
+
+def test_tsne_keeps_groups_together(rng):
+    pytest.importorskip("sklearn")
+    groups = np.repeat(np.arange(3), 10)
+    points, method = embed(np.eye(3)[groups] + rng.normal(size=(30, 3)) / 50)
+    assert method == "t-SNE"
+    nearest = np.linalg.norm(points[:, None] - points, axis=2)
+    np.fill_diagonal(nearest, np.inf)
+    assert (groups[nearest.argmin(1)] == groups).all()
+
+
+# ---- figures
+
+
+def every_figure(rng):
+    pair = Similarities(rng.normal(0.6, 0.1, 300), rng.normal(0, 0.1, 300))
+    curve = np.linspace(0.5, 1, 20), np.full(20, 0.02)
+    image = rng.integers(0, 256, (20, 10, 3), dtype=np.uint8)
+    kinds = ["query", "right", "wrong", "ignored", ""]
+    return {
+        "cmc": figures.cmc({"SYSU, all": {"A": curve, "B": curve}, "SYSU, indoor": {"A": curve}}),
+        "histogram": figures.histogram({"A": {"visible-infrared": pair, "visible-visible": pair}, "B": {}}),
+        "embedding": figures.embedding(
+            rng.normal(size=(8, 2)), np.repeat([11, 22], 4), ["visible", "infrared"] * 4, "PCA"
+        ),
+        "cameras": figures.cameras({(3, 1): (0.5, 0.25), (3, 2): (np.nan, np.nan)}),
+        "images": figures.images([[(image, kind, f"is {kind}") for kind in kinds], [(image, "", "alone")]]),
+        "curves": figures.curves(
+            {"A": {"loss": {1: 2.0, 2: 1.0}, "mAP": {2: 50.0}}, "B": {"loss": {1: 3.0}}}
+        ),
+    }
+
+
+def test_each_figure_becomes_files_and_a_picture_in_the_page(rng, tmp_path):
+    words = {
+        "cmc": ["A: rank-1 50.00 %", "SYSU, indoor"], "histogram": ["visible–infrared", "within identities"],
+        "embedding": ["infrared", "PCA of 8 images of 2 identities, each labelled with its pid"],
+        "cameras": ["50.0", "25.0", "none"],
+        "images": ["✓ is right", "✗ is wrong", "– is ignored", "alone"], "curves": ["loss", "mAP (%)", "B"],
+    }  # fmt: skip
+    for name, figure in every_figure(rng).items():
+        paths = figures.save(figure, tmp_path / "new", name)
+        assert [path.name for path in paths] == [f"{name}.png", f"{name}.pdf"]
+        with Image.open(paths[0]) as picture:
+            assert picture.format == "PNG"
+        assert paths[1].read_bytes().startswith(b"%PDF")
+        text = figures.svg(figure)
+        assert text.startswith("<svg")
+        assert "currentColor" in text
+        assert figures.INK not in text
+        assert not [word for word in words[name] if f"{word}<" not in text]
+
+
+def test_the_same_data_gives_the_same_files(tmp_path):
+    contents = []
+    for folder in "ab":
+        for name, figure in every_figure(np.random.default_rng(1)).items():
+            figures.save(figure, tmp_path / folder, name)
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()})
+    assert contents[0] == contents[1]
+
+
+def test_right_and_wrong_differ_in_shape_as_in_colour(rng):
+    image = np.full((20, 10, 3), 128, np.uint8)
+    figure = figures.images([[(image, kind, "") for kind in ("right", "wrong", "ignored")]])
+    frames = [axis.patches[0] for axis in figure.axes]
+    assert len({frame.get_linestyle() for frame in frames}) == 3
+    assert len({frame.get_edgecolor() for frame in frames}) == 3
+    assert len({axis.get_xlabel() for axis in figure.axes}) == 3
+
+
+def test_a_figure_that_cannot_be_written_is_told(rng, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/cameras\.png"):
+        figures.save(figures.cameras({(3, 1): (0.5, 0.25)}), tmp_path / "file", "cameras")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+# ---- sheets of thumbnails
+
+
+def opened(url):
+    head, body = url.split(",")
+    assert head == "data:image/webp;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(body))).convert("RGB")).astype(int)
+
+
+def test_each_thumbnail_stands_in_its_place():
+    colors = np.random.default_rng(0).integers(0, 256, (70, 3))
+    thumbnails = np.broadcast_to(colors[:, None, None], (70, 16, 8, 3)).astype(np.uint8)
+    pages = list(map(opened, sprites.sheets([thumbnails[:5], thumbnails[5:]])))
+    assert [page.shape for page in pages] == [(8 * 16, 8 * 8, 3)] * 2
+    for k, color in enumerate(colors):
+        row, column = divmod(k % 64, 8)
+        middle = pages[k // 64][16 * row + 4 : 16 * row + 12, 8 * column + 2 : 8 * column + 6]
+        assert np.abs(middle.mean((0, 1)) - color).max() < 30
+
+
+def test_quality_gives_way_to_the_budget(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 32, 16, 3), dtype=np.uint8)
+    (free,) = sprites.sheets([noise])
+    monkeypatch.setattr(sprites, "BUDGET", len(free) // 3)
+    (tight,) = sprites.sheets([noise])
+    assert len(tight) * 3 / 4 <= sprites.BUDGET
+    monkeypatch.setattr(sprites, "BUDGET", 100)
+    with pytest.raises(UserError, match="64 thumbnails are too many"):
+        sprites.sheets([noise])
+
+
+def test_many_thumbnails_are_smaller():
+    assert sprites.thumbnail_size(100, 384, 128) == (128, 43)
+    tall, wide = sprites.thumbnail_size(20000, 384, 128)
+    assert 48 <= tall < 100
+    assert wide == round(tall / 3)
+
+
+# ---- logs
+
+
+def test_a_log_that_was_resumed_and_one_without_epochs(tmp_path):
+    log = tmp_path / "r.log"
+    log.write_text(
+        "01:02:03 command: python train.py --lr 0.1\n"
+        "01:02:03 epoch 1/2: loss 3.5 (shared 2.5, align 1.0), rate 1.00e-03; 50 images/s, waiting\n"
+        "01:02:03 epoch 2/2: loss 9.9 (shared 9.0, align 0.9), rate 1.00e-04; 55 images/s, waiting\n"
+        "01:02:03 command: python train.py --resume auto\n"
+        "01:02:03 something else\n"
+        "01:02:03 epoch 2/2: loss 2.5 (shared 2.0, align 0.5), rate 1.00e-04; 60 images/s, waiting\n"
+        "01:02:03   SYSU, all: rank-1 12.50  rank-10 60.00  mAP 11.25  mINP 5.00  (best so far)\n"
+        "01:02:03 best: a_best.t, epoch 2, rank-1 12.50\n"
+    )
+    curves, facts = read_log(log)
+    assert curves == {
+        "loss": {1: 3.5, 2: 2.5}, "shared": {1: 2.5, 2: 2.0}, "align": {1: 1.0, 2: 0.5},
+        "rate": {1: 1e-3, 2: 1e-4}, "images/s": {1: 50, 2: 60}, "rank-1": {2: 12.5}, "mAP": {2: 11.25}, "mINP": {2: 5.0},
+    }  # fmt: skip
+    assert facts == [("command", "python train.py --lr 0.1"), ("command", "python train.py --resume auto")]
+    log.write_bytes(b"\xff\xfe no log")
+    assert read_log(log).curves == {}
+
+
+def test_where_a_log_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint, saved = (
+        tmp_path / "moved" / "save_model" / "run_best.t",
+        {"dataset": "llcm", "log_path": "log"},
+    )
+    assert log_file(checkpoint, saved) is None
+    place = tmp_path / "moved" / "log" / "llcm_log" / "run.log"
+    place.parent.mkdir(parents=True)
+    place.write_text("")
+    assert log_file(checkpoint, saved) == place
+    assert log_file(checkpoint, saved, str(place.parents[1])) == place
+    with pytest.raises(UserError, match="--log-path elsewhere: no log at"):
+        log_file(checkpoint, saved, "elsewhere")

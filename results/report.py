@@ -1,0 +1,280 @@
+"""The report: one HTML page of everything that an evaluation tells, which needs no network and no server."""
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from data_manager import DATASETS
+from eval_metrics import summarize
+from evaluation import Protocol
+from images import decode
+from results import figures, sprites
+from results.evaluated import Evaluated
+from results.rankings import RULES, choose_queries
+from results.similarity import Similarities, equal_error_rate, overlap
+from results.tables import COLUMNS, per_cent
+from utils import UserError, log, whole_file
+
+FIGURES = {  # in the page's order: what each shows, as a screen reader says it
+    "cmc": "CMC curves, one line for each checkpoint, with the spread over trials",
+    "ranking": "queries, each with the ten gallery images that are ranked first for it",
+    "histogram": "similarity of pairs of images within and between identities, by modality",
+    "embedding": "features of some identities in the plane",
+    "cameras": "rank-1 and mAP by pair of query and gallery camera",
+    "activation": "images in both modalities, each beside a map of where the network is active",
+    "curves": "learning curves of the runs",
+}
+
+
+class Findings:
+    """What the figures and the page are made of, each part computed once, when it is first asked for.
+
+    everyone: the checkpoints; rankings, embedding, cameras and activations are of the first of them, and of
+    its first protocol. queries: see rankings.choose_queries.
+    """
+
+    def __init__(self, everyone: Sequence[Evaluated], queries: Sequence[str]):
+        self.everyone, self.queries = everyone, queries
+        self.first = everyone[0]
+        self.protocols = list(dict.fromkeys(protocol for protocol, _ in self.first.results))
+        self.reranks = list(dict.fromkeys(rerank for _, rerank in self.first.results))
+        self.protocol = self.protocols[0]
+
+    @cached_property
+    def similarities(self) -> dict[str, dict[str, Similarities]]:
+        """Those of every checkpoint, by its label."""
+        return {each.label: each.similarities() for each in self.everyone}
+
+    @cached_property
+    def by_camera(self) -> dict[tuple[int, int], tuple[float, float]]:
+        """Rank-1 and mAP by camera pair."""
+        return self.first.cameras(self.protocol)
+
+    def label(self, each: Evaluated, rerank: str | None) -> str:
+        """How a line of a figure or a list of rankings is named."""
+        return each.label + (f", {rerank} re-ranking" if rerank else "")
+
+    def cmc(self) -> Figure:
+        """CMC curves, of every checkpoint and protocol."""
+        curves = {}
+        for protocol in self.protocols:
+            lines = curves[protocol.title] = {}
+            for each in self.everyone:
+                for rerank in self.reranks:
+                    mean, deviation = summarize(each.results[protocol, rerank])
+                    lines[self.label(each, rerank)] = mean.cmc, deviation.cmc
+        return figures.cmc(curves)
+
+    def ranking(self) -> Figure:
+        """The chosen queries, re-ranked where that was asked for."""
+        rerank = self.reranks[-1]
+        ranked, distmat = self.first.ranked(self.protocol, rerank)
+        query, _ = self.first.evaluation.samples[self.protocol, self.first.trial]
+        try:
+            chosen = choose_queries(self.queries, ranked, query.pids)
+        except ValueError as error:
+            raise UserError(f"--queries: {error}") from error
+        rows = self.first.ranking(self.protocol, rerank, chosen.tolist(), ranked, distmat)
+        return figures.images(rows, ["query", *map(str, range(1, max(map(len, rows))))])
+
+    def histogram(self) -> Figure:
+        """Similarities of every checkpoint."""
+        return figures.histogram(self.similarities)
+
+    def embedding(self) -> Figure:
+        """Features of twenty identities."""
+        return figures.embedding(*self.first.embedding())
+
+    def cameras(self) -> Figure:
+        """Heat maps of by_camera."""
+        return figures.cameras(self.by_camera)
+
+    def activation(self) -> Figure:
+        """Activation maps of four identities."""
+        return figures.images(self.first.activations())
+
+    def curves(self) -> Figure | None:
+        """Learning curves of the runs whose log was found; None if none was."""
+        runs = {each.label: each.log.curves for each in self.everyone if each.log and each.log.curves}
+        return figures.curves(runs) if runs else None
+
+    def draw(self, name: str) -> Figure | None:
+        """The figure of that name in FIGURES."""
+        return getattr(self, name)()
+
+
+def write_figures(findings: Findings, names: Iterable[str], folder: Path) -> dict[str, Markup]:
+    """Write each figure as PNG and PDF; {name: its <svg>} of those that could be drawn."""
+    drawn = {}
+    for name in names:
+        figure = findings.draw(name)
+        if figure is not None:
+            figures.save(figure, folder, name)
+            drawn[name] = Markup(figures.svg(figure))
+    return drawn
+
+
+def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]], workers: int) -> Path:
+    """Write every figure and folder/index.html, which holds them and the browser of rankings; its path.
+
+    facts: (name, text) of what made the report.
+    """
+    templates = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(templates), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    first = findings.first
+    context = {
+        "title": DATASETS[findings.protocol.dataset].title,
+        "findings": findings,
+        "figures": write_figures(findings, FIGURES, folder),
+        "alternatives": FIGURES,
+        "columns": COLUMNS,
+        "results": result_rows(findings),
+        "similarities": [
+            row for label, pairs in findings.similarities.items() for row in pair_rows(label, pairs)
+        ],
+        "cameras": camera_rows(findings.by_camera),
+        "settings": setting_rows(findings.everyone),
+        "facts": facts,
+        "logs": [(each.label, each.log.facts) for each in findings.everyone if each.log],
+        "selections": [(each.label, selection(each)) for each in findings.everyone],
+        "short": first.evaluation.short,
+        "data": browser(findings, workers),
+        "style": Markup((templates / "report.css").read_text(encoding="utf-8")),
+        "script": Markup((templates / "report.js").read_text(encoding="utf-8")),
+    }
+    path = folder / "index.html"
+    page = environment.get_template("report.html").render(context)
+    with whole_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    log.info("wrote %s, %.1f MB", path, len(page.encode()) / 1e6)
+    return path
+
+
+def selection(each: Evaluated) -> str:
+    """Which epoch a checkpoint is of, and how it was chosen."""
+    epochs = f" of {each.saved['epochs']}" if "epochs" in each.saved else ""
+    chosen = each.checkpoint.get("selection", "how it was chosen is unknown")
+    return f"epoch {each.checkpoint.get('epoch', 'unknown')}{epochs}; {chosen}"
+
+
+def result_rows(findings: Findings) -> list[dict]:
+    """The metrics table: per cent as test.py prints them, their deviation, and what they stand on."""
+    rows = []
+    for protocol in findings.protocols:
+        for each in findings.everyone:
+            pairs = [both for (p, _), both in each.evaluation.samples.items() if p == protocol]
+            query, _ = each.evaluation.samples[protocol, each.trial]
+            matched = int((each.ranked(protocol)[0].first > 0).sum())
+            for rerank in findings.reranks:
+                metrics = each.results[protocol, rerank]
+                mean, deviation = summarize(metrics)
+                rows.append(
+                    {
+                        "label": findings.label(each, rerank),
+                        "protocol": protocol.row,
+                        "cells": list(zip(per_cent(mean), per_cent(deviation), strict=True)),
+                        "queries": len(query),
+                        "matched": matched,
+                        "gallery": sorted({len(gallery) for _, gallery in pairs}),
+                        "identities": len(np.unique(query.pids)),
+                        "trials": len(metrics),
+                    }
+                )
+    return rows
+
+
+def pair_rows(label: str, pairs: dict[str, Similarities]) -> list[tuple]:
+    """Lines of the table of similarities: label, kind, pairs, means, overlap and equal-error rate."""
+    return [
+        (
+            label,
+            kind.replace("-", "–"),
+            f"{len(pair.within):,} / {len(pair.between):,}",
+            f"{pair.within.mean():.3f}",
+            f"{pair.between.mean():.3f}",
+            f"{100 * overlap(pair):.1f}",
+            f"{100 * equal_error_rate(pair):.1f}",
+        )
+        for kind, pair in pairs.items()
+    ]
+
+
+def camera_rows(pairs: dict[tuple[int, int], tuple[float, float]]) -> list[tuple]:
+    """Lines of the table by camera pair: query camera, gallery camera, rank-1, mAP in per cent."""
+    return [
+        (*cameras, *("not compared" if np.isnan(score) else f"{100 * score:.2f}" for score in scores))
+        for cameras, scores in pairs.items()
+    ]
+
+
+def setting_rows(everyone: Sequence[Evaluated]) -> list[tuple[str, list[str], bool]]:
+    """(flag, each checkpoint's value, whether they differ), the flags in alphabetical order."""
+    flags = sorted({key for each in everyone for key in each.saved})
+    rows = []
+    for key in flags:
+        values = [each.saved.get(key, "unknown") for each in everyone]
+        texts = [" ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in values]
+        rows.append(("--" + key.replace("_", "-"), texts, len(set(texts)) > 1))
+    return rows
+
+
+def browser(findings: Findings, workers: int) -> dict:
+    """What report.js shows: thumbnails in sheets, and the rankings of every checkpoint and protocol."""
+    images: dict[str, tuple] = {}  # path -> pid, camid, modality
+    for each in findings.everyone:
+        for protocol in findings.protocols:
+            for samples in each.evaluation.samples[protocol, each.trial]:
+                ids = zip(samples.pids.tolist(), samples.camids.tolist(), strict=True)
+                images |= {
+                    path: (*own, samples.modality) for path, own in zip(samples.paths, ids, strict=True)
+                }
+    number = {path: k for k, path in enumerate(images)}
+    evaluation = findings.first.evaluation
+    height, width = sprites.thumbnail_size(len(images), evaluation.height, evaluation.width)
+    pids, camids, modalities = zip(*images.values(), strict=True)
+    return {
+        "pids": pids,
+        "camids": camids,
+        "infrared": [int(modality == "infrared") for modality in modalities],
+        "thumbnail": [height, width],
+        "sheet": [sprites.COLUMNS, sprites.ROWS],
+        "sheets": sprites.sheets(decode(list(images), height, width, workers)),
+        "lists": [
+            {"title": f"{findings.label(each, rerank)}; {protocol.row}", "rule": RULES[protocol.dataset]}
+            | ranking_lines(each, protocol, rerank, number)
+            for protocol in findings.protocols
+            for each in findings.everyone
+            for rerank in findings.reranks
+        ],
+    }
+
+
+def ranking_lines(each: Evaluated, protocol: Protocol, rerank: str | None, number: dict[str, int]) -> dict:
+    """The rankings of a trial for report.js: queries, and what is ranked first for each of them.
+
+    kinds: for each query a letter for each image: r(ight), w(rong) or i(gnored).
+    """
+    ranked, distmat = each.ranked(protocol, rerank)
+    query, gallery = each.evaluation.samples[protocol, each.trial]
+    g_numbers = np.array([number[path] for path in gallery.paths])
+    kinds, distances = [], []
+    for q, (places, ignored) in enumerate(zip(ranked.places, ranked.ignored, strict=True)):
+        right = gallery.pids[places] == query.pids[q]
+        kinds.append("".join(np.where(ignored, "i", np.where(right, "r", "w")).tolist()))
+        distances.append([round(value, 3) for value in distmat[q, places].tolist()])
+    return {
+        "trial": each.trial,
+        "queries": [number[path] for path in query.paths],
+        "ap": [None if np.isnan(value) else round(value, 4) for value in ranked.ap.tolist()],
+        "first": ranked.first.tolist(),
+        "images": [g_numbers[places].tolist() for places in ranked.places],
+        "kinds": kinds,
+        "distances": distances,
+    }
