@@ -41,6 +41,11 @@ class Evaluated:
     shared: bool
     results: dict[tuple[Protocol, str | None], list[Metrics]]
 
+    @property
+    def dataset(self) -> str:
+        """What it was evaluated on."""
+        return next(iter(self.results))[0].dataset
+
     def features_of(self, samples: Samples) -> torch.Tensor:
         """(N, D) features of samples' images."""
         rows = self.evaluation.rows[samples.modality]
@@ -125,8 +130,9 @@ class Evaluated:
             rows.append(row)
         return rows
 
-    def ranking(self, protocol: Protocol, rerank: str | None, queries: Sequence[int], ranked: Ranked,
-                distmat: np.ndarray) -> list[list[Picture]]:  # fmt: skip
+    def ranking(
+        self, protocol: Protocol, queries: Sequence[int], ranked: Ranked, distmat: np.ndarray
+    ) -> list[list[Picture]]:
         """A row for each of queries: the query, then the images ranked first for it."""
         query, gallery = self.evaluation.samples[protocol, self.trial]
         enlarged = max(1, round(192 / self.evaluation.height))  # the network's images may be small ones

@@ -195,26 +195,26 @@ def images(rows: Sequence[Sequence[tuple[np.ndarray, str, str]]], heading: Seque
     height, width, _ = rows[0][0][0].shape
     wide, tall, below, gap = 0.72, 0.72 * height / width, 0.2, 0.1  # inches
     size = columns * (wide + gap) + gap, len(rows) * (tall + below + gap) + gap + 0.15
-    figure = Figure(figsize=size)  # a hundred panels: laying them out here saves seconds
+    figure = Figure(figsize=size)
+    axis = figure.add_axes((0, 0, 1, 1))  # one for all, in inches: a hundred would take seconds to draw
+    axis.set_axis_off()
     for y, row in enumerate(rows):
+        bottom = gap + below + (len(rows) - 1 - y) * (tall + below + gap)
         for x, (image, kind, caption) in enumerate(row):
-            left, bottom = gap + x * (wide + gap), gap + below + (len(rows) - 1 - y) * (tall + below + gap)
-            axis = figure.add_axes((left / size[0], bottom / size[1], wide / size[0], tall / size[1]))
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-            if y == 0 and heading:
-                axis.set_title(heading[x], loc="center", fontsize=8)
-            axis.imshow(
-                image, alpha=0.35 if kind == "ignored" else 1, interpolation="bilinear", aspect="auto"
-            )
+            left = gap + x * (wide + gap)
+            place = (left, left + wide, bottom, bottom + tall)
+            alpha = 0.35 if kind == "ignored" else 1
+            axis.imshow(image, alpha=alpha, interpolation="bilinear", extent=place, aspect="auto")
             color, mark = KINDS.get(kind, (INK, ""))
-            dash = {"wrong": (0, (4, 2)), "ignored": (0, (1, 1))}.get(kind, "-")
             if kind:
+                dash = {"wrong": (0, (4, 2)), "ignored": (0, (1, 1))}.get(kind, "-")
                 line = {"edgecolor": color, "linestyle": dash, "linewidth": 1 if kind == "query" else 2.2}
-                frame = Rectangle((0, 0), 1, 1, transform=axis.transAxes, fill=False, clip_on=False, **line)
-                axis.add_patch(frame)
-            axis.set_xlabel(f"{mark} {caption}".strip(), fontsize=6.5, labelpad=2)
+                axis.add_patch(Rectangle((left, bottom), wide, tall, fill=False, **line))
+            middle = {"x": left + wide / 2, "ha": "center"}
+            axis.text(y=bottom - 0.05, s=f"{mark} {caption}".strip(), fontsize=6.5, va="top", **middle)
+            if y == 0 and heading:
+                axis.text(y=bottom + tall + 0.06, s=heading[x], fontsize=8, va="bottom", **middle)
+    axis.set(xlim=(0, size[0]), ylim=(0, size[1]))  # imshow has moved them
     return figure
 
 

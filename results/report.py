@@ -35,15 +35,21 @@ class Findings:
     """What the figures and the page are made of, each part computed once, when it is first asked for.
 
     everyone: the checkpoints; rankings, embedding, cameras and activations are of the first of them, and of
-    its first protocol. queries: see rankings.choose_queries.
+    its first protocol. queries: which the ranking figure shows, see rankings.choose_queries; UserError for
+    those that are not there.
     """
 
     def __init__(self, everyone: Sequence[Evaluated], queries: Sequence[str]):
-        self.everyone, self.queries = everyone, queries
-        self.first = everyone[0]
+        self.everyone, self.first = everyone, everyone[0]
         self.protocols = list(dict.fromkeys(protocol for protocol, _ in self.first.results))
         self.reranks = list(dict.fromkeys(rerank for _, rerank in self.first.results))
         self.protocol = self.protocols[0]
+        self.ranked, self.distmat = self.first.ranked(self.protocol, self.reranks[-1])
+        query, _ = self.first.evaluation.samples[self.protocol, self.first.trial]
+        try:
+            self.chosen = choose_queries(queries, self.ranked, query.pids).tolist()
+        except ValueError as error:
+            raise UserError(f"--queries: {error}") from error
 
     @cached_property
     def similarities(self) -> dict[str, dict[str, Similarities]]:
@@ -72,14 +78,7 @@ class Findings:
 
     def ranking(self) -> Figure:
         """The chosen queries, re-ranked where that was asked for."""
-        rerank = self.reranks[-1]
-        ranked, distmat = self.first.ranked(self.protocol, rerank)
-        query, _ = self.first.evaluation.samples[self.protocol, self.first.trial]
-        try:
-            chosen = choose_queries(self.queries, ranked, query.pids)
-        except ValueError as error:
-            raise UserError(f"--queries: {error}") from error
-        rows = self.first.ranking(self.protocol, rerank, chosen.tolist(), ranked, distmat)
+        rows = self.first.ranking(self.protocol, self.chosen, self.ranked, self.distmat)
         return figures.images(rows, ["query", *map(str, range(1, max(map(len, rows))))])
 
     def histogram(self) -> Figure:
@@ -108,14 +107,11 @@ class Findings:
         return getattr(self, name)()
 
 
-def write_figures(findings: Findings, names: Iterable[str], folder: Path) -> dict[str, Markup]:
-    """Write each figure as PNG and PDF; {name: its <svg>} of those that could be drawn."""
-    drawn = {}
-    for name in names:
-        figure = findings.draw(name)
-        if figure is not None:
-            figures.save(figure, folder, name)
-            drawn[name] = Markup(figures.svg(figure))
+def write_figures(findings: Findings, names: Iterable[str], folder: Path) -> dict[str, Figure]:
+    """Write each figure as PNG and PDF; {name: figure} of those that could be drawn."""
+    drawn = {name: figure for name in names if (figure := findings.draw(name)) is not None}
+    for name, figure in drawn.items():
+        figures.save(figure, folder, name)
     return drawn
 
 
@@ -128,11 +124,12 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
     environment = Environment(
         loader=FileSystemLoader(templates), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    first = findings.first
+    drawn = write_figures(findings, FIGURES, folder)
     context = {
         "title": DATASETS[findings.protocol.dataset].title,
         "findings": findings,
-        "figures": write_figures(findings, FIGURES, folder),
+        # The page lists rankings itself: their figure is for elsewhere.
+        "figures": {name: Markup(figures.svg(drawn[name])) for name in drawn if name != "ranking"},
         "alternatives": FIGURES,
         "columns": COLUMNS,
         "results": result_rows(findings),
@@ -144,7 +141,7 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
         "facts": facts,
         "logs": [(each.label, each.log.facts) for each in findings.everyone if each.log],
         "selections": [(each.label, selection(each)) for each in findings.everyone],
-        "short": first.evaluation.short,
+        "short": findings.first.evaluation.short,
         "data": browser(findings, workers),
         "style": Markup((templates / "report.css").read_text(encoding="utf-8")),
         "script": Markup((templates / "report.js").read_text(encoding="utf-8")),

@@ -248,8 +248,9 @@ def test_each_figure_becomes_files_and_a_picture_in_the_page(rng, tmp_path):
 def test_the_same_data_gives_the_same_files(tmp_path):
     contents = []
     for folder in "ab":
-        for name, figure in every_figure(np.random.default_rng(1)).items():
-            figures.save(figure, tmp_path / folder, name)
+        drawn = every_figure(np.random.default_rng(1))
+        for name in ("cmc", "images"):
+            figures.save(drawn[name], tmp_path / folder, name)
         contents.append({path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()})
     assert contents[0] == contents[1]
 
@@ -257,10 +258,10 @@ def test_the_same_data_gives_the_same_files(tmp_path):
 def test_right_and_wrong_differ_in_shape_as_in_colour(rng):
     image = np.full((20, 10, 3), 128, np.uint8)
     figure = figures.images([[(image, kind, "") for kind in ("right", "wrong", "ignored")]])
-    frames = [axis.patches[0] for axis in figure.axes]
-    assert len({frame.get_linestyle() for frame in frames}) == 3
-    assert len({frame.get_edgecolor() for frame in frames}) == 3
-    assert len({axis.get_xlabel() for axis in figure.axes}) == 3
+    (axis,) = figure.axes
+    assert len({frame.get_linestyle() for frame in axis.patches}) == 3
+    assert len({frame.get_edgecolor() for frame in axis.patches}) == 3
+    assert len({text.get_text() for text in axis.texts}) == 3
 
 
 def test_a_figure_that_cannot_be_written_is_told(rng, tmp_path):
@@ -326,7 +327,8 @@ def test_a_log_that_was_resumed_and_one_without_epochs(tmp_path):
     curves, facts = read_log(log)
     assert curves == {
         "loss": {1: 3.5, 2: 2.5}, "shared": {1: 2.5, 2: 2.0}, "align": {1: 1.0, 2: 0.5},
-        "rate": {1: 1e-3, 2: 1e-4}, "images/s": {1: 50, 2: 60}, "rank-1": {2: 12.5}, "mAP": {2: 11.25}, "mINP": {2: 5.0},
+        "rate": {1: 1e-3, 2: 1e-4}, "images/s": {1: 50, 2: 60},
+        "rank-1": {2: 12.5}, "mAP": {2: 11.25}, "mINP": {2: 5.0},
     }  # fmt: skip
     assert facts == [("command", "python train.py --lr 0.1"), ("command", "python train.py --resume auto")]
     log.write_bytes(b"\xff\xfe no log")

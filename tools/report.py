@@ -8,6 +8,7 @@ DIR/index.html opens from the disk and needs no network; each figure lies beside
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from model import build_model
 from results.evaluated import Evaluated
 from results.learning import log_file, read_log
 from results.report import FIGURES, Findings, write_figures, write_page
-from runs import environment
+from runs import environment, existing
 from utils import Parser, UserError, data_flags, device_flags, log, log_to_terminal, run_script
 
 
@@ -68,91 +69,121 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def trial_files(path: Path, dataset: str, trial: str) -> dict[int, Path]:
-    """The checkpoint of each trial, {trial: file}. RegDB has one for each: path names any of them, or has
-    {trial} in its name, and its siblings count too, as test.py has it."""
-    facts = DATASETS[dataset]
-    if trial != "all" and trial not in map(str, facts.trials):
-        raise UserError(
-            f"--trial {trial}: those of {facts.title} are {facts.trials[0]} to {facts.trials[-1]}, or all"
-        )
-    wanted = list(facts.trials) if trial == "all" else [int(trial)]
-    if dataset != "regdb":
-        return dict.fromkeys(wanted, path)
+def siblings(path: Path) -> dict[int, Path]:
+    """The checkpoints {trial: file} that are there of path's run: RegDB has a model for each trial, and path
+    names any of them, or has {trial} in its name, as test.py has it. None for a name without a trial."""
     pattern = re.sub(r"_trial_\d+(?=_)", "_trial_{trial}", path.name)
-    files = {t: path.with_name(pattern.replace("{trial}", str(t))) for t in wanted}
-    files = {t: file for t, file in files.items() if file.is_file()}
+    files = {t: path.with_name(pattern.replace("{trial}", str(t))) for t in DATASETS["regdb"].trials}
+    return {t: file for t, file in files.items() if "{trial}" in pattern and file.is_file()}
+
+
+def trial_files(path: Path, dataset: str, wanted: str, saved: dict[str, object]) -> dict[int, Path]:
+    """The checkpoint of each trial that is asked for, {trial: file}; UserError if there is none."""
+    facts = DATASETS[dataset]
+    if wanted != "all" and wanted not in map(str, facts.trials):
+        first, last = facts.trials[0], facts.trials[-1]
+        raise UserError(f"--trial {wanted}: those of {facts.title} are {first} to {last}, or all")
+    trials = list(facts.trials) if wanted == "all" else [int(wanted)]
+    if dataset != "regdb":
+        return dict.fromkeys(trials, path)
+    files = siblings(path)
     if not files:
-        raise UserError(f"--resume {path}: no checkpoint of the trials that --trial {trial} asks for")
-    if "{trial}" not in pattern and len(files) > 1:
-        raise UserError(f"--resume {path}: of which trial of RegDB? Say so with --trial N")
+        own = saved.get("trial") if wanted == "all" and saved.get("dataset") == "regdb" else wanted
+        if own == "all":
+            raise UserError(f"--resume {path}: of which trial of RegDB? Say so with --trial N")
+        return {int(own): path}
+    if missing := [t for t in trials if t not in files]:
+        log.warning(
+            "%s: missing, and so left out of every mean: trial %s", path, ", ".join(map(str, missing))
+        )
+    files = {t: files[t] for t in trials if t in files}
+    if not files:
+        raise UserError(f"--resume {path}: no checkpoint of trial {wanted}")
     return files
 
 
 def labels(paths: list[Path]) -> list[str]:
-    """A name for each checkpoint: of the parts of its path those in which the paths differ."""
+    """A name for each checkpoint: what distinguishes its file's name, or its folder's, from the others'."""
     parts = [path.absolute().with_suffix("").parts for path in paths]
-    names = [those[-1] for those in parts]
-    if len(set(names)) == 1 and len(paths) > 1:
-        depth = next((k for k in range(2, min(map(len, parts)) + 1) if len({p[-k] for p in parts}) > 1), 1)
-        names = [those[-depth] for those in parts]
-    if len(set(names)) < len(paths):
+    depths = range(1, min(map(len, parts)) + 1)
+    depth = next((k for k in depths if len({those[-k] for those in parts}) == len(paths)), None)
+    if depth is None:
         raise UserError("--resume: the same checkpoint twice")
-    return names
+    words = [those[-depth].split("_") for those in parts]
+    for end in (0, -1):
+        while len(words) > 1 and min(map(len, words)) > 1 and len({those[end] for those in words}) == 1:
+            for those in words:
+                del those[end]
+    return ["_".join(those) for those in words]
 
 
-def evaluate(args: argparse.Namespace, path: Path, label: str, root: Path, device: torch.device) -> Evaluated:
-    """Evaluate a checkpoint, or RegDB's of each trial, as test.py does, and keep what the report shows."""
-    files = trial_files(path, args.dataset, args.trial)
-    shared = len(set(files.values())) == 1 and args.dataset != "regdb"
-    trial, file = next(iter(files.items()))
-    checkpoint = load_checkpoint(file)
-    saved = saved_settings(checkpoint, file)
-    facts = DATASETS[args.dataset]
-    modes = args.mode or (["all"] if args.dataset == "sysu" else list(facts.modes))
-    protocols = [
-        Protocol(args.dataset, mode, shot, args.galleries)
-        for mode in dict.fromkeys(modes)
-        for shot in dict.fromkeys(args.shot)
-    ]
+def evaluate(
+    args: argparse.Namespace, path: Path, label: str, device: torch.device, expected: str | None
+) -> Evaluated:
+    """Evaluate a checkpoint, or RegDB's of each trial, as test.py does, and keep what the report shows.
+
+    expected: the dataset that those before it were evaluated on; None for the first.
+    """
+    read = next(iter(siblings(path).values()), path) if "{trial}" in path.name else path
+    loaded = {read: load_checkpoint(read)}
+    saved = saved_settings(loaded[read], read)
+    dataset = args.dataset or saved.get("dataset", "sysu")
+    if expected not in (None, dataset):
+        titles = DATASETS[dataset].title, DATASETS[expected].title
+        raise UserError(
+            f"--resume {path}: trained on {titles[0]}, the first on {titles[1]}: which --dataset?"
+        )
+    facts, root = DATASETS[dataset], data_manager.dataset_root(dataset, args.data_path)
+    files = trial_files(path, dataset, args.trial, saved)
+    modes = args.mode or (["all"] if dataset == "sysu" else list(facts.modes))
+    shots = dict.fromkeys(args.shot)
+    protocols = [Protocol(dataset, m, shot, args.galleries) for m in dict.fromkeys(modes) for shot in shots]
     height, width = (
         args.img_h or saved.get("img_h", facts.height),
         args.img_w or saved.get("img_w", facts.width),
     )
     evaluation = Evaluation(root, protocols, list(files), height, width, allow_short=args.allow_short)
     dtype = autocast_dtype(args.amp or saved.get("amp", "auto"), device)
+    shared = dataset != "regdb"
     results, kept = {}, None
-    for t in [None] if shared else files:
-        loaded = checkpoint if t in (None, trial) else load_checkpoint(files[t])
-        own = saved_settings(loaded, files.get(t, file))
-        if t is not None and own.get("dataset") == "regdb" and str(own.get("trial")) != str(t):
-            raise UserError(f"{files[t]} was trained on trial {own.get('trial')}, not on trial {t}")
-        model = build_model(loaded, files.get(t, file)).to(device, memory_format=torch.channels_last)
-        features = evaluation.features(model, device, dtype, args.test_batch, args.workers, Processes(), t)
-        kept = kept or (model, features)
+    for trial in [None] if shared else files:
+        file = path if shared else files[trial]
+        checkpoint = loaded.pop(file, None) or load_checkpoint(file)
+        own = saved_settings(checkpoint, file)
+        if not shared and own.get("dataset") == "regdb" and str(own.get("trial")) != str(trial):
+            raise UserError(f"{file} was trained on trial {own.get('trial')}, not on trial {trial}")
+        model = build_model(checkpoint, file).to(device, memory_format=torch.channels_last)
+        features = evaluation.features(
+            model, device, dtype, args.test_batch, args.workers, Processes(), trial
+        )
+        if kept is None:
+            told = {key: checkpoint[key] for key in ("epoch", "selection") if key in checkpoint}
+            kept = {"path": file, "checkpoint": told, "saved": own, "model": model, "features": features}
         for rerank in dict.fromkeys((None, args.rerank)):
-            for protocol, metrics in evaluation.score(features, rerank, t).items():
+            for protocol, metrics in evaluation.score(features, rerank, trial).items():
                 results.setdefault((protocol, rerank), []).extend(metrics)
-    told = {key: value for key, value in checkpoint.items() if key in ("epoch", "selection", "data")}
-    logged = log_file(file, saved, args.log_path)
-    run_log = read_log(logged) if logged else None
-    return Evaluated(label, file, told, saved, run_log, evaluation, *kept, trial, shared, results)
+    logged = log_file(kept["path"], kept["saved"], args.log_path)
+    return Evaluated(
+        **kept, label=label, log=read_log(logged) if logged else None, evaluation=evaluation,
+        trial=next(iter(files)), shared=shared, results=results,
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> None:
     """Evaluate, then write the page, or the figures that were asked for."""
     log_to_terminal(stream=sys.stderr)
     folder, paths = Path(args.output), list(map(Path, args.resume))
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder}: a file, and not a folder")
-    if args.dataset is None:
-        first = "regdb" if "{trial}" in paths[0].name else None
-        args.dataset = first or saved_settings(load_checkpoint(paths[0]), paths[0]).get("dataset", "sysu")
-    root = data_manager.dataset_root(args.dataset, args.data_path)
-    device = select_device(args.gpu)
+    nearest = existing(folder)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "cannot be written" if nearest.is_dir() else "is a file, and not a folder"
+        raise UserError(f"--output {folder}: {nearest} {reason}")
+    names, device = labels(paths), select_device(args.gpu)
     try:
-        named = zip(paths, labels(paths), strict=True)
-        findings = Findings([evaluate(args, path, name, root, device) for path, name in named], args.queries)
+        everyone: list[Evaluated] = []
+        for path, name in zip(paths, names, strict=True):
+            expected = everyone[0].dataset if everyone else None
+            everyone.append(evaluate(args, path, name, device, expected))
+        findings = Findings(everyone, args.queries)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
     if args.figures:
@@ -162,9 +193,8 @@ def main(args: argparse.Namespace) -> None:
                 f"--figures {missing[0]}: no log of these runs was found; --log-path names its folder"
             )
         log.info("wrote %s as PNG and PDF in %s", ", ".join(drawn), folder)
-        return
-    facts = [tuple(line.split(": ", 1)) for line in environment()]
-    write_page(findings, folder, facts, args.workers)
+    else:
+        write_page(findings, folder, [tuple(line.split(": ", 1)) for line in environment()], args.workers)
 
 
 if __name__ == "__main__":
