@@ -17,9 +17,9 @@ import own_data
 from dataset_files import (
     Cells,
     image_paths,
+    index_labels,
     listed,
     number,
-    path_problem,
     published_order,
     read_ids,
     read_index,
@@ -111,7 +111,7 @@ class Samples:
 
 
 def dataset_root(name: str, data_path: str | os.PathLike | None = None) -> Path:
-    """The folder of a dataset: data_path, or data/<name>; UserError if the dataset is not there."""
+    """The folder of a dataset: data_path, or data/<name>; UserError if it does not hold the dataset."""
     dataset = DATASETS[_choose("--dataset", name, tuple(DATASETS))]
     root = Path(data_path or Path("data", name))
     if not (root / dataset.index_folder).is_dir():
@@ -245,12 +245,6 @@ def _protocol(name, mode, trial, split) -> tuple[Dataset, str, int]:
     return dataset, _choose("--mode", mode, dataset.modes), _choose("--trial", trial, dataset.trials)
 
 
-def _protocol(name, mode, trial, split) -> tuple[Dataset, str, int]:
-    dataset = DATASETS[_choose("--dataset", name, tuple(DATASETS))]
-    _choose("split", split, ("test", "val") if name == "sysu" else ("test",))
-    return dataset, _choose("--mode", mode, dataset.modes), _choose("--trial", trial, dataset.trials)
-
-
 # --- splits whose images are found in folders
 
 
@@ -310,26 +304,7 @@ def _index_samples(
     problems: list[str] | None = None,
 ) -> Samples:
     """The images of an index file, in its order: lines of a relative path, white space and a label."""
-    file = _index_file(name, root, split, modality, trial)
-    labels, repeated = {}, []
-    for count, path, label in read_index(file):
-        where = f"{file}, line {count}"
-        if not label:
-            refuse(f"{where}: {path!r} has no label", problems)
-        elif (pid := number(label)) is None:
-            refuse(f"{where}: the label {label!r} is not a number", problems)
-        elif problem := path_problem(root, path):
-            refuse(f"{where}: {problem}", problems)
-        elif path not in labels:
-            labels[path] = pid
-        elif labels[path] == pid:
-            repeated.append(count)
-        else:
-            refuse(f"{where}: {path!r} has label {pid} here and {labels[path]} above", problems)
-    if repeated:
-        log.warning("%s: images that are listed twice, taken once: line %s", file, listed(repeated))
-    if not labels:
-        refuse(f"{file}: lists no images", problems)
+    labels = index_labels(_index_file(name, root, split, modality, trial), root, problems)
     if name == "regdb":
         camids = [_REGDB_CAMIDS[modality]] * len(labels)
     else:
@@ -407,16 +382,16 @@ def refuse_shared(name: str, root: str | os.PathLike, trial: int | None = None, 
     file: its identities are the folders, unless a folder holds several labels. An LLCM training image's id
     is its folder's number. Own images are compared whenever they are read.
     """
-    dataset = DATASETS[_choose("--dataset", name, tuple(DATASETS))]
+    if name == "folder":
+        return
     if name == "regdb":
-        trial = _choose("--trial", trial, dataset.trials)
+        trial = _choose("--trial", trial, DATASETS[name].trials)
         for modality in CAPTURED:
             files = [_index_file(name, root, part, modality, trial) for part in ("train", "test")]
             if all(file.is_file() for file in files):
                 trained, tested = ({path: label for _, path, label in read_index(file)} for file in files)
                 _refuse_both(*files, "image", trained.keys() & tested.keys())
                 _refuse_both(*files, "folder", _identity_folders(trained) & _identity_folders(tested))
-    if name in ("regdb", "folder"):
         return
     (tests,) = _id_files(name, root, split)
     tested = set(read_ids(tests)) if tests.is_file() else set()

@@ -8,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import scipy.io
 
-from utils import UserError
+from utils import UserError, log
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".tga",
@@ -112,6 +112,33 @@ def path_problem(root: str | os.PathLike, path: str) -> str | None:
     if "\0" in path or not os.path.isfile(os.path.join(root, path)):
         return f"there is no image file {path!r} in {root}"
     return None
+
+
+def index_labels(file: Path, root: str | os.PathLike, problems: list[str] | None = None) -> dict[str, int]:
+    """{path relative to root: label} of a list of images, in its order.
+
+    UserError, or an entry in problems: a line without a label or with two, a path that is none, no lines.
+    """
+    labels, repeated = {}, []
+    for count, path, label in read_index(file):
+        where = f"{file}, line {count}"
+        if not label:
+            refuse(f"{where}: {path!r} has no label", problems)
+        elif (pid := number(label)) is None:
+            refuse(f"{where}: the label {label!r} is not a number", problems)
+        elif problem := path_problem(root, path):
+            refuse(f"{where}: {problem}", problems)
+        elif path not in labels:
+            labels[path] = pid
+        elif labels[path] == pid:
+            repeated.append(count)
+        else:
+            refuse(f"{where}: {path!r} has label {pid} here and {labels[path]} above", problems)
+    if repeated:
+        log.warning("%s: images that are listed twice, taken once: line %s", file, listed(repeated))
+    if not labels:
+        refuse(f"{file}: lists no images", problems)
+    return labels
 
 
 def _read_permutations(path: Path) -> list[np.ndarray]:

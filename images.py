@@ -88,9 +88,7 @@ def _eight_bits(values: np.ndarray, pixel_range: PixelRange | None) -> np.ndarra
     if least > high or most < low:
         raise OSError(f"its values, {least:g} to {most:g}, are outside the pixel range {low:g} to {high:g}")
     if pixel_range is None and 0 < (most - least) * 256 / (high - low) < MIN_LEVELS:
-        raise OSError(
-            f"more than eight bits, values {least:g} to {most:g}: which are 0 and 255? --pixel-range"
-        )
+        raise OSError(f"its values, {least:g} to {most:g}, need a pixel range; the training images had none")
     return ((values - low) * 256 / (high - low)).clip(0, 255).astype(np.uint8)
 
 

@@ -4,7 +4,7 @@ import re
 
 from conftest import run_script
 from PIL import Image
-from test_data_manager import llcm, regdb, sysu, write
+from test_data_manager import llcm, regdb, small_sysu, write
 
 from tools import check as command
 from tools.check import check
@@ -25,7 +25,7 @@ def row(lines, *names):
 
 
 def test_check_counts_a_partial_sysu(tmp_path):
-    root = sysu(tmp_path, images=2)
+    root = small_sysu(tmp_path, images=2)
     for file in root.glob("cam*/*/*"):
         picture(file)
     result = run_check("sysu", root)
@@ -41,7 +41,7 @@ def test_check_counts_a_partial_sysu(tmp_path):
 
 
 def test_check_passes_what_matches_and_lists_every_problem(tmp_path, monkeypatch):
-    root = sysu(tmp_path, images=2)
+    root = small_sysu(tmp_path, images=2)
     for file in root.glob("cam*/*/*"):
         picture(file)
     published = {
@@ -107,7 +107,7 @@ def test_check_regdb_and_llcm(tmp_path):
 
 
 def test_check_names_what_no_split_takes(tmp_path):
-    root = sysu(tmp_path, images=2)
+    root = small_sysu(tmp_path, images=2)
     for file in root.glob("cam*/*/*"):
         picture(file)
     clutter = ("cam1/0002/Thumbs.db", "cam1/0002/.hidden.jpg", ".git/x.jpg", "train_rgb_resized_img.npy")
@@ -122,7 +122,7 @@ def test_check_names_what_no_split_takes(tmp_path):
 
 
 def test_check_refuses_val_ids_that_are_trained_on(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     write(root / "exp/val_id.txt", "7,12")
     problems = [line for line in check("sysu", root)[0] if "also in" in line]
     assert len(problems) == 1

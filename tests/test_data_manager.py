@@ -1,10 +1,12 @@
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.io
+from conftest import tiny_flags
 from PIL import Image
 
 from data_manager import (
@@ -16,6 +18,7 @@ from data_manager import (
     train_samples,
 )
 from dataset_files import IMAGE_SUFFIXES
+from evaluation import Evaluation, Protocol
 from utils import UserError
 
 TRAIN, VAL, TEST = (3, 12), (7,), (2, 40)
@@ -27,7 +30,7 @@ def write(path, text=""):
     path.write_text(text, encoding="utf-8")
 
 
-def sysu(root, images=3):
+def small_sysu(root, images=3):
     """A SYSU-MM01 of empty files: every id in every camera, except that id 40 is not in camera 5."""
     for split, pids in (("train", TRAIN), ("val", VAL), ("test", TEST)):
         write(root / f"exp/{split}_id.txt", ",".join(map(str, reversed(pids))) + "\n")
@@ -41,7 +44,7 @@ def sysu(root, images=3):
 
 
 def permutations(root, images=3, edit=lambda cells: None):
-    """exp/rand_perm_cam.mat for sysu(root): nested cells as MATLAB saves them, uint8, empty ones included."""
+    """exp/rand_perm_cam.mat for small_sysu(root): nested cells as MATLAB saves them, uint8, some empty."""
     rng = np.random.default_rng(0)
     cameras = np.empty((6, 1), dtype=object)
     for camid in CAMERAS:
@@ -123,7 +126,7 @@ def test_facts():
 
 
 def test_sysu_training_images_in_order(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     samples = train_samples("sysu", root)
     for modality, camids in (("visible", (1, 2, 4, 5)), ("infrared", (3, 6))):
         expected = [
@@ -138,7 +141,7 @@ def test_sysu_training_images_in_order(tmp_path):
 
 
 def test_labels_are_dense_and_sorted_by_pid(tmp_path):
-    samples = train_samples("sysu", sysu(tmp_path))
+    samples = train_samples("sysu", small_sysu(tmp_path))
     labels = class_labels(samples)
     for modality, part in samples.items():
         assert labels[modality].dtype == np.int64
@@ -146,7 +149,7 @@ def test_labels_are_dense_and_sorted_by_pid(tmp_path):
 
 
 def test_sysu_leaves_out_ids_in_one_modality_and_names_them(tmp_path, caplog):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     for pid, camids in ((3, (3, 6)), (7, (1, 2, 4, 5))):
         for camid in camids:
             for file in (root / f"cam{camid}/{pid:04d}").iterdir():
@@ -160,7 +163,7 @@ def test_sysu_leaves_out_ids_in_one_modality_and_names_them(tmp_path, caplog):
 
 
 def test_sysu_queries_are_all_infrared_images_in_order(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     expected = [
         (pid, camid, str(root / f"cam{camid}/{pid:04d}/{index:04d}.jpg"))
         for pid in (2, 40)
@@ -176,7 +179,7 @@ def test_sysu_queries_are_all_infrared_images_in_order(tmp_path):
 @pytest.mark.parametrize("mode", ["all", "indoor"])
 @pytest.mark.parametrize("shot", [1, 10])
 def test_sysu_seeded_galleries(tmp_path, mode, shot):
-    root = sysu(tmp_path, images=12)
+    root = small_sysu(tmp_path, images=12)
     drawn = set()
     for trial in range(10):
         rng = random.Random(trial)
@@ -200,7 +203,7 @@ def test_sysu_seeded_galleries(tmp_path, mode, shot):
 @pytest.mark.parametrize("mode", ["all", "indoor"])
 @pytest.mark.parametrize("shot", [1, 10])
 def test_sysu_published_galleries(tmp_path, mode, shot):
-    root = sysu(tmp_path, images=12)
+    root = small_sysu(tmp_path, images=12)
     cameras = permutations(root, images=12)
     for trial in range(10):
         expected = [
@@ -214,7 +217,7 @@ def test_sysu_published_galleries(tmp_path, mode, shot):
 
 @pytest.mark.parametrize("galleries", ["seeded", "published"])
 def test_sysu_short_cells(tmp_path, galleries):
-    root = sysu(tmp_path, images=4)
+    root = small_sysu(tmp_path, images=4)
     permutations(root, images=4)
     refused(
         lambda: gallery_samples("sysu", root, "all", 0, 10, galleries),
@@ -227,7 +230,7 @@ def test_sysu_short_cells(tmp_path, galleries):
 
 
 def test_sysu_changed_tree_is_seen(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     before = len(query_samples("sysu", root))
     (root / "cam3/0002/0001.jpg").unlink()
     assert len(query_samples("sysu", root)) == before - 1
@@ -256,13 +259,13 @@ def edited(camid, pid, value):
     ],
 )
 def test_sysu_permutations_of_other_images_are_refused(tmp_path, edit, words):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     permutations(root, edit=edit)
     refused(lambda: gallery_samples("sysu", root, galleries="published"), "rand_perm_cam.mat", *words)
 
 
 def test_sysu_permutation_files_that_are_none(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     file = root / "exp/rand_perm_cam.mat"
 
     def call():
@@ -280,7 +283,7 @@ def test_sysu_permutation_files_that_are_none(tmp_path):
 
 
 def test_sysu_id_zero(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     for camid in CAMERAS:
         write(root / f"cam{camid}/0000/0001.jpg")
     write(root / "exp/test_id.txt", "0,2")
@@ -290,7 +293,7 @@ def test_sysu_id_zero(tmp_path):
 
 
 def test_id_files_as_people_save_them(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     (root / "exp/test_id.txt").write_bytes("\ufeff 40, 2 ,2,\r\n\r\n,\r\n40\r\n".encode())
     assert sorted(set(query_samples("sysu", root).pids.tolist())) == [2, 40]
     assert len(query_samples("sysu", root)) == 2 * 2 * 3
@@ -298,13 +301,13 @@ def test_id_files_as_people_save_them(tmp_path):
 
 @pytest.mark.parametrize("word", ["x", "2.5", "-2", "2 40", "1e3", "9" * 30, "٣"])
 def test_ids_that_are_not_numbers(tmp_path, word):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     write(root / "exp/test_id.txt", f"2\n40,{word}\n")
     refused(lambda: query_samples("sysu", root), "test_id.txt, line 2", word)
 
 
 def test_id_files_without_ids(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     file = root / "exp/test_id.txt"
     file.write_bytes(b"\xff\xfe2\x00")
     refused(lambda: query_samples("sysu", root), file, "UTF-8")
@@ -320,7 +323,7 @@ def test_id_files_without_ids(tmp_path):
 
 
 def test_ids_without_images(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     write(root / "exp/test_id.txt", "2,41,40,50")
     for call in (query_samples, gallery_samples):
         refused(lambda call=call: call("sysu", root), "test", "41, 50")
@@ -329,7 +332,7 @@ def test_ids_without_images(tmp_path):
 
 
 def test_what_is_no_image_is_passed_over(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     before = gallery_samples("sysu", root, shot=10, allow_short=True).paths
     for name in ("Thumbs.db", ".DS_Store", "._0001.jpg", ".hidden.jpg", "notes.txt", "0001.jpg.part"):
         write(root / "cam1/0002" / name)
@@ -344,7 +347,7 @@ def test_what_is_no_image_is_passed_over(tmp_path):
 @pytest.mark.parametrize("suffix", IMAGE_SUFFIXES)
 def test_every_image_suffix_is_read_and_is_one_of_pillows(tmp_path, suffix):
     assert suffix in Image.registered_extensions()
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     for file in [*root.glob("cam3/*/*"), *root.glob("cam6/*/*")]:
         file.rename(file.with_suffix(suffix))
     assert len(query_samples("sysu", root)) == 2 * 2 * 3
@@ -357,7 +360,7 @@ def test_thermal_formats_are_images():
 
 @pytest.mark.parametrize(("modality", "cameras"), [("infrared", (3, 6)), ("visible", (1, 2, 4, 5))])
 def test_the_modality_without_images_is_named(tmp_path, modality, cameras):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     for camid in cameras:
         for file in root.glob(f"cam{camid}/*/*"):
             file.rename(file.with_suffix(".raw"))
@@ -367,7 +370,7 @@ def test_the_modality_without_images_is_named(tmp_path, modality, cameras):
 
 
 def test_cameras_that_a_layout_does_not_have_are_named_once(tmp_path, caplog):
-    root = sysu(tmp_path / "sysu")
+    root = small_sysu(tmp_path / "sysu")
     for camid in (7, 8):
         write(root / f"cam{camid}/0002/0001.jpg")
     (root / "cam9").mkdir()  # empty: nothing is lost
@@ -385,9 +388,19 @@ def test_cameras_that_a_layout_does_not_have_are_named_once(tmp_path, caplog):
 # --- what is trained on is not tested on
 
 
+def test_train_and_test_refuse_what_is_in_both_splits(sysu, tmp_path, train_here):
+    root = shutil.copytree(sysu, tmp_path / "sysu")
+    tested = (root / "exp/test_id.txt").read_text().strip()
+    write(root / "exp/train_id.txt", f"{(root / 'exp/train_id.txt').read_text().strip()},{tested}")
+    status, _, errors = train_here("--check", *tiny_flags(root))
+    assert status == 2
+    assert "test_id.txt: also in train_id.txt" in errors[-1]
+    refused(lambda: Evaluation(root, [Protocol("sysu", "all")], [0], 32, 16), "also in train_id.txt")
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_sysu_test_ids_that_are_trained_on_are_refused(tmp_path, split):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     file = root / f"exp/{split}_id.txt"
     write(file, f"{file.read_text()},40")
     for call in (train_samples, query_samples):
@@ -395,14 +408,14 @@ def test_sysu_test_ids_that_are_trained_on_are_refused(tmp_path, split):
 
 
 def test_sysu_val_ids_that_are_trained_on_are_refused_only_where_they_are_tested_on(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     write(root / "exp/val_id.txt", "7,12")
     refused(lambda: query_samples("sysu", root, split="val"), "val_id.txt", "train_id.txt", "id 12")
     assert set(train_samples("sysu", root)["visible"].pids.tolist()) == {3, 7, 12}
 
 
 def test_a_test_split_alone_can_be_tested_on(tmp_path):
-    root = sysu(tmp_path / "sysu")
+    root = small_sysu(tmp_path / "sysu")
     for name in ("train", "val"):
         (root / f"exp/{name}_id.txt").unlink()
     assert len(query_samples("sysu", root)) == 2 * 2 * 3
@@ -456,7 +469,7 @@ def test_llcm_test_ids_that_are_trained_on_are_refused(tmp_path, line):
 
 
 def test_what_only_looks_like_an_image_is_refused(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     (root / "cam3/0002/0013.jpg").mkdir()
     refused(lambda: query_samples("sysu", root), "cam3/0002/0013.jpg")
     (root / "cam3/0002/0013.jpg").rmdir()
@@ -473,13 +486,13 @@ def test_what_only_looks_like_an_image_is_refused(tmp_path):
 
 
 def test_linked_datasets_are_read(tmp_path):
-    sysu(tmp_path / "disk")
+    small_sysu(tmp_path / "disk")
     (tmp_path / "data").symlink_to(tmp_path / "disk")
     assert len(query_samples("sysu", tmp_path / "data")) == 2 * 2 * 3
 
 
 def test_gallery_of_no_images(tmp_path):
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     for pid in TEST:
         for camid in (1, 2):
             for file in (root / f"cam{camid}/{pid:04d}").iterdir():
@@ -637,14 +650,14 @@ def test_unknown_names_list_the_valid_ones(tmp_path):
     refused(lambda: gallery_samples("llcm", tmp_path, galleries="published"), "--galleries", "seeded")
     refused(lambda: gallery_samples("llcm", tmp_path, shot=10), "--shot 10")
     refused(lambda: gallery_samples("sysu", tmp_path, shot=0), "--shot 0")
-    root = sysu(tmp_path)
+    root = small_sysu(tmp_path)
     refused(lambda: gallery_samples("sysu", root, galleries="published", split="val"), "val")
 
 
 def test_dataset_root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused(lambda: dataset_root("sysu"), "data/sysu", "data/sysu/exp", "--data-path", "python demo.py")
-    sysu(tmp_path / "data/sysu")
+    small_sysu(tmp_path / "data/sysu")
     assert dataset_root("sysu") == Path("data/sysu")
     assert dataset_root("sysu", tmp_path / "data/sysu") == tmp_path / "data/sysu"
     refused(lambda: dataset_root("llcm", "data/sysu"), "LLCM", "data/sysu/idx")

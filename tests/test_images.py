@@ -225,8 +225,8 @@ def sixteen_bit_colour(path):
 
 
 LOSING = {
-    "narrow.png": (lambda path: save_values(path, ramp(51241, 52181, np.uint16)), None, "--pixel-range"),
-    "float.tif": (lambda path: save_values(path, ramp(0, 1, np.float32)), None, "--pixel-range"),
+    "narrow.png": (lambda path: save_values(path, ramp(51241, 52181, np.uint16)), None, "need a pixel range"),
+    "float.tif": (lambda path: save_values(path, ramp(0, 1, np.float32)), None, "need a pixel range"),
     "nan.tif": (
         lambda path: save_values(path, np.full((20, 8), np.nan, np.float32)),
         (0, 1),
