@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 import torch
+from flags import saved_settings
 
 import data_manager
 from checkpoints import load_checkpoint
 from data_manager import DATASETS
 from devices import Processes, autocast_dtype, select_device
 from evaluation import Evaluation, Protocol
-from flags import saved_settings
 from model import build_model
 from results.evaluated import Evaluated
 from results.learning import log_file, read_log
