@@ -35,6 +35,23 @@ class UnreadableImages(UserError):
         self.failures = failures
 
 
+def to_pixels(
+    image: Image.Image, height: int, width: int, pixel_range: PixelRange | None = None
+) -> np.ndarray:
+    """An open image, which it may turn upright in place, as read_image gives it; OSError as its reasons."""
+    # Of colours with 16 bits a channel Pillow reads the upper 8; what tells is gone once it is loaded.
+    upper_bits = not _is_deep(image) and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    ImageOps.exif_transpose(image, in_place=True)
+    if _is_deep(image):
+        image = Image.fromarray(_eight_bits(np.asarray(image, dtype=np.float64), pixel_range))
+    if "transparency" in image.info:  # palettes warn unless converted in two steps
+        image = image.convert("RGBA")
+    image = image.convert("RGB")
+    if upper_bits and 0 < np.ptp(np.asarray(image)) < MIN_LEVELS:
+        raise OSError("16 bits a channel, of which Pillow reads the upper 8 alone; save it as a grey image")
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+
+
 def read_image(
     path: str | os.PathLike, height: int, width: int, pixel_range: PixelRange | None = None
 ) -> np.ndarray:
@@ -52,18 +69,7 @@ def read_image(
         with Image.open(path) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise OSError(f"{image.width}x{image.height} pixels: a decompression bomb")
-            upper_bytes = not _is_deep(image) and any(";16" in str(tile[3]) for tile in image.tile)
-            ImageOps.exif_transpose(image, in_place=True)
-            if _is_deep(image):
-                image = Image.fromarray(_eight_bits(np.asarray(image, dtype=np.float64), pixel_range))
-            if "transparency" in image.info:  # palettes warn unless converted in two steps
-                image = image.convert("RGBA")
-            image = image.convert("RGB")
-            if upper_bytes and 0 < np.ptp(np.asarray(image)) < MIN_LEVELS:
-                raise OSError(
-                    "16 bits a channel, and Pillow reads the upper 8 alone; save it as a grey image"
-                )
-            return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
+            return to_pixels(image, height, width, pixel_range)
     except UnidentifiedImageError as error:
         raise UnreadableImages([f"{path} (not an image)"]) from error
     except Exception as error:  # a broken file makes Pillow raise nearly anything

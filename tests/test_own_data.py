@@ -74,6 +74,15 @@ def test_identity_folders_are_read_in_order_at_any_depth(tmp_path):
     }
 
 
+def test_linked_identities_are_read(tmp_path):
+    root = people(tmp_path / "data", ("ann", "bob"))
+    for modality in ("visible", "infrared"):
+        (root / modality / "bob").rename(tmp_path / f"{modality} bob")
+        (root / modality / "bob").symlink_to(tmp_path / f"{modality} bob")
+    write(root / "test_identities.txt", "bob")
+    assert len(query_samples("folder", root)) == 2
+
+
 def test_split_folders(tmp_path):
     people(tmp_path, ("0004", "0021"), "train")
     people(tmp_path, ("0009",), "test")
