@@ -279,7 +279,7 @@ def save_figure(path: str, features: Features, evaluation: Evaluation, count: in
         10,
     )
     ranked = [[(gallery.paths[g], gallery.pids[g]) for g in line if g >= 0] for line in order.tolist()]
-    ranked_results([(query.paths[k], query.pids[k]) for k in picked], ranked, path)
+    ranked_results([(query.paths[k], query.pids[k]) for k in picked], ranked, path, evaluation.pixel_range)
 
 
 def main(args: argparse.Namespace) -> None:

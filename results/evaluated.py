@@ -59,7 +59,7 @@ class Evaluated:
     def ids(self, protocol: Protocol, trial: int) -> tuple:
         """What rank_queries takes behind the distances: pids, camids and the protocol's name."""
         query, gallery = self.evaluation.samples[protocol, trial]
-        return query.pids, gallery.pids, query.camids, gallery.camids, protocol.dataset
+        return query.pids, gallery.pids, query.camids, gallery.camids, protocol.rule
 
     def ranked(self, protocol: Protocol, rerank: str | None = None) -> tuple[Ranked, np.ndarray]:
         """The rankings of `trial`, and their distances (Q, G)."""
@@ -114,7 +114,7 @@ class Evaluated:
     def activations(self, identities: int = 4, count: int = 2) -> list[list[Picture]]:
         """A row for each identity: visible, then infrared images, each beside its activation map."""
         images = self.images()
-        height, width = self.evaluation.height, self.evaluation.width
+        size = self.evaluation.height, self.evaluation.width, self.evaluation.pixel_range
         device = next(self.model.parameters()).device
         rows = []
         for pid in spread(
@@ -123,7 +123,7 @@ class Evaluated:
             row = []
             for modality, samples in images.items():
                 for k in spread(np.flatnonzero(samples.pids == pid), count).tolist():
-                    image = read_image(samples.paths[k], height, width).copy()  # torch wants it writable
+                    image = read_image(samples.paths[k], *size).copy()  # torch wants it writable
                     batch = normalize(torch.from_numpy(image[None]).to(device))
                     heat = overlay(image, activation_maps(self.model, batch, modality)[0])
                     row += [(image, "", f"pid {pid}, cam {samples.camids[k]}"), (heat, "", modality)]
@@ -136,14 +136,18 @@ class Evaluated:
         """A row for each of queries: the query, then the images ranked first for it."""
         query, gallery = self.evaluation.samples[protocol, self.trial]
         enlarged = max(1, round(192 / self.evaluation.height))  # the network's images may be small ones
-        height, width = enlarged * self.evaluation.height, enlarged * self.evaluation.width
+        size = (
+            enlarged * self.evaluation.height,
+            enlarged * self.evaluation.width,
+            self.evaluation.pixel_range,
+        )
         rows = []
         for q in queries:
             caption = f"pid {query.pids[q]}, cam {query.camids[q]}"
-            row = [(read_image(query.paths[q], height, width), "query", caption)]
+            row = [(read_image(query.paths[q], *size), "query", caption)]
             for g in ranked.places[q][~ranked.ignored[q]].tolist():
                 kind = "right" if gallery.pids[g] == query.pids[q] else "wrong"
-                image = read_image(gallery.paths[g], height, width)
+                image = read_image(gallery.paths[g], *size)
                 row.append((image, kind, f"{distmat[q, g]:.3f}, cam {gallery.camids[g]}"))
             rows.append(row)
         return rows

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from images import read_image
+from images import PixelRange, read_image
 from results.similarity import BINS, Similarities, equal_error_rate, overlap
 from utils import whole_file
 
@@ -251,17 +251,21 @@ def curves(runs: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
 
 
 def ranked_results(
-    queries: Sequence[tuple[str, int]], ranked: Sequence[Sequence[tuple[str, int]]], path: str | os.PathLike
+    queries: Sequence[tuple[str, int]],
+    ranked: Sequence[Sequence[tuple[str, int]]],
+    path: str | os.PathLike,
+    pixel_range: PixelRange | None = None,
 ) -> None:
-    """Write a PNG of queries (image, pid) with the images ranked first for each; for test.py's --figure."""
-    height, width = 144, 60
+    """Write a PNG of queries (image, pid) with the images ranked first for each; for test.py's --figure.
+
+    pixel_range: of images of more than eight bits, see images.read_image.
+    """
+    size = 144, 60, pixel_range
     rows = []
     for (query, pid), found in zip(queries, ranked, strict=True):
-        row = [(read_image(query, height, width), "query", f"pid {pid}")]
+        row = [(read_image(query, *size), "query", f"pid {pid}")]
         for image, other in found:
-            row.append(
-                (read_image(image, height, width), "right" if other == pid else "wrong", f"pid {other}")
-            )
+            row.append((read_image(image, *size), "right" if other == pid else "wrong", f"pid {other}"))
         rows.append(row)
     figure = images(rows)
     with matplotlib.rc_context(STYLE), whole_file(path) as temporary:

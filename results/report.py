@@ -242,9 +242,11 @@ def browser(findings: Findings, workers: int) -> dict:
         "infrared": [int(modality == "infrared") for modality in modalities],
         "thumbnail": [height, width],
         "sheet": [sprites.COLUMNS, sprites.ROWS],
-        "sheets": sprites.sheets(decode(list(images), height, width, workers)),
+        "sheets": sprites.sheets(
+            decode(list(images), height, width, workers, pixel_range=evaluation.pixel_range)
+        ),
         "lists": [
-            {"title": f"{findings.label(each, rerank)}; {protocol.row}", "rule": RULES[protocol.dataset]}
+            {"title": f"{findings.label(each, rerank)}; {protocol.row}", "rule": RULES[protocol.rule]}
             | ranking_lines(each, protocol, rerank, number)
             for protocol in findings.protocols
             for each in findings.everyone

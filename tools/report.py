@@ -152,6 +152,7 @@ def evaluate(
         own = saved_settings(checkpoint, file)
         if not shared and own.get("dataset") == "regdb" and str(own.get("trial")) != str(trial):
             raise UserError(f"{file} was trained on trial {own.get('trial')}, not on trial {trial}")
+        evaluation.pixel_range = own.get("pixel_range")
         model = build_model(checkpoint, file).to(device, memory_format=torch.channels_last)
         features = evaluation.features(
             model, device, dtype, args.test_batch, args.workers, Processes(), trial
