@@ -1,5 +1,5 @@
-"""The whole pipeline on a synthetic dataset: draw, preprocess, train, test. Needs no data; takes minutes on a
-CPU:
+"""The whole pipeline on a synthetic dataset: draw, preprocess, train, test, and see it. Needs no data; takes
+minutes on a CPU:
 
     python demo.py
 
@@ -36,7 +36,8 @@ EPOCHS = 9
 def get_args_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        description="Draw, preprocess, train and test on synthetic data.", parents=[device_flags()]
+        description="Draw, preprocess, train and test on synthetic data, and make a report.",
+        parents=[device_flags()],
     )
     parser.add_argument(
         "--output", default="demo", metavar="DIR", help="where everything goes, by seed (demo)"
@@ -92,15 +93,16 @@ def main(args: object) -> None:
     )
     for folder, epochs in ((untrained, 0), (trained, EPOCHS)):
         run("train.py", *settings, "--epochs", epochs, "--model-path", folder, "--log-path", folder / "log")
-    results = {}
+    results, checkpoints = {}, {}
     for name, folder in (("untrained", untrained), ("trained", trained)):
         # Another seed or precision than a former demo's leaves its run beside that one.
-        checkpoint = max(folder.glob("*_last.t"), key=lambda path: path.stat().st_mtime_ns)
-        report = out / f"{name}.json"
-        picture = ("--figure", out / "ranked.png") if name == "trained" else ()
-        run("test.py", "--resume", checkpoint, "--data-path", data, *machine, "--json", report, *picture)
-        results[name] = json.loads(report.read_text())["results"][0]["mean"]
+        checkpoints[name] = max(folder.glob("*_last.t"), key=lambda path: path.stat().st_mtime_ns)
+        numbers = out / f"{name}.json"
+        run("test.py", "--resume", checkpoints[name], "--data-path", data, *machine, "--json", numbers)
+        results[name] = json.loads(numbers.read_text())["results"][0]["mean"]
     results["chance"] = chance(data, Protocol("sysu", "all"), args.seed)
+    both = (checkpoints["trained"], checkpoints["untrained"])
+    run("-m tools.report", "--resume", *both, "--data-path", data, *machine, "--output", out / "report")
 
     identities = (data / "exp" / "test_id.txt").read_text().count(",") + 1
     print(
@@ -111,10 +113,8 @@ def main(args: object) -> None:
         found = results[name]
         values = np.array([found["cmc"][0], found["cmc"][9], found["mAP"], found["mINP"]]) * 100
         print(f"{name:10}" + "{:8.2f}{:9.2f}{:8.2f}{:8.2f}".format(*values))
-    print(
-        f"\nqueries with their first ten, right ones framed in green, wrong ones in red: {out / 'ranked.png'}"
-    )
-    print(f"checkpoints: {untrained}, {trained}; curves: tensorboard --logdir {trained / 'log'}")
+    print(f"\ncheckpoints: {untrained}, {trained}; curves: tensorboard --logdir {trained / 'log'}")
+    print(f"see for yourself: open {out / 'report' / 'index.html'} in a browser")
 
 
 if __name__ == "__main__":

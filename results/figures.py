@@ -59,13 +59,15 @@ def save(figure: Figure, folder: str | os.PathLike, name: str) -> list[Path]:
 
 @in_style
 def svg(figure: Figure) -> str:
-    """The figure as an <svg> element in the colours of the page that it stands in (CSS: --paper)."""
+    """The figure as an <svg> element in the colours of its page (CSS: --paper, --series-0 …)."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=150, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)  # a page has several figures, an id may be in it once
+    for k, color in enumerate(COLORS):  # a dark page may want some of them lighter
+        text = text.replace(color, f"var(--series-{k}, {color})")
     return text.replace(INK, "currentColor").replace(PAPER, "var(--paper)")
 
 

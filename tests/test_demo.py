@@ -5,7 +5,6 @@ import re
 
 import pytest
 from conftest import ENVIRONMENT
-from PIL import Image
 
 import demo
 from utils import UserError
@@ -28,7 +27,9 @@ def test_the_demo(tiny, tmp_path, capfd):
     demo.main(args)
     out = capfd.readouterr().out
     scripts = re.findall(r"^\$ python (\S+\.py|-m \w+)", out, re.MULTILINE)
-    assert scripts == ["-m synthetic", "pre_process_sysu.py", *["train.py"] * 2, *["test.py"] * 2]
+    assert scripts == [
+        "-m synthetic", "pre_process_sysu.py", *["train.py"] * 2, *["test.py"] * 2, "-m tools",
+    ]  # fmt: skip
     assert "\n4 identities never seen in training" in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.count(".") == 4}
     folder = tmp_path / "seed3"
@@ -37,8 +38,9 @@ def test_the_demo(tiny, tmp_path, capfd):
         values = [mean["cmc"][0], mean["cmc"][9], mean["mAP"], mean["mINP"]]
         assert rows[name] == [f"{100 * value:.2f}" for value in values]
     assert 0 < float(rows["chance"][2]) < 100
-    with Image.open(folder / "ranked.png") as picture:
-        assert picture.height > 100
+    page = folder / "report" / "index.html"
+    assert out.splitlines()[-1] == f"see for yourself: open {page} in a browser"
+    assert f"{100 * mean['cmc'][0]:.2f}" in page.read_text(encoding="utf-8")
 
 
 def test_a_second_demo_draws_only_for_another_seed(tmp_path, monkeypatch, capsys):
