@@ -129,6 +129,7 @@ class TrainLoader:
             several processes share them; "auto": the device if it is a GPU and they fit in a third of its
             free memory, else the disk. The choice is in .cache.
         pad: border of the random crop, in pixels.
+        modalities: what is yielded; without "aux" the others are the same.
 
     Raises:
         UserError: --cache device without enough memory.
@@ -144,10 +145,11 @@ class TrainLoader:
         seed: int,
         cache: str = "auto",
         pad: int = PAD,
+        modalities: Sequence[str] = MODALITIES,
     ):
         self.labels, self.batches, self.recipe, self.device, self.seed = labels, batches, recipe, device, seed
         self.height, self.width = images["visible"].shape[1:3]
-        self.pad = pad
+        self.pad, self.modalities = pad, modalities
         self.wait_seconds = 0.0  # how long the last epoch's consumer waited for input
         self.cache = choose_cache(cache, sum(part.nbytes for part in images.values()), device)
         if self.cache == "device":
@@ -175,7 +177,8 @@ class TrainLoader:
                 images = {}
                 for modality in MODALITIES:
                     draws = draw_augmentation(rng, len(labels), *size, modality, self.recipe, self.pad)
-                    images[modality] = augment(pixels[modality], draws)
+                    if modality in self.modalities:
+                        images[modality] = augment(pixels[modality], draws)
                 yield images, labels.to(self.device, non_blocking=True)
                 start = time.perf_counter()
 

@@ -112,7 +112,7 @@ class MCE(nn.Module):
 
     def __init__(self, bank, weights: Mapping[str, float], proxies: str, margin: float):
         super().__init__()
-        self.settings = {"bank": bank, "weights": weights, "proxies": proxies, "margin": margin}
+        self.bank, self.weights, self.proxies, self.margin = bank, weights, proxies, margin
 
     def forward(
         self,
@@ -122,7 +122,7 @@ class MCE(nn.Module):
         pooled: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(total, terms) of a step's unit features; outputs and pooled are the baselines'."""
-        return mce_loss(features, labels, **self.settings)
+        return mce_loss(features, labels, self.bank, self.weights, self.proxies, self.margin)
 
 
 # Baselines: what the field trains with when it has no memory

@@ -152,12 +152,19 @@ class TwoStreamResNet(nn.Module):
         return self.pool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
     def forward(
-        self, visible: torch.Tensor | None = None, infrared: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Images (N, 3, H, W) of either or both modalities -> BNNeck outputs (N, D), visible rows first."""
+        self,
+        visible: torch.Tensor | None = None,
+        infrared: torch.Tensor | None = None,
+        with_pooled: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Images (N, 3, H, W) of either or both modalities -> BNNeck outputs (N, D), visible rows first.
+
+        with_pooled: return (outputs, pooled), the second before BNNeck, as the baselines' losses need them.
+        """
         pooled = self.pooled(visible, infrared)
         with torch.autocast(pooled.device.type, enabled=False):
-            return self.neck(pooled)
+            outputs = self.neck(pooled)
+        return (outputs, pooled) if with_pooled else outputs
 
 
 def with_non_local(layer: nn.Sequential, count: int) -> nn.Sequential:

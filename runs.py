@@ -136,7 +136,8 @@ class Run:
     def save(self, checkpoint: dict, is_best: bool = False, selection: str = "") -> None:
         """Write `_last.t`; before it, if is_best, `_best.t` with how it was chosen, for testing alone."""
         if is_best:
-            best = {key: value for key, value in checkpoint.items() if key not in ("optimizer", "scaler")}
+            training = ("loss", "optimizer", "scaler")
+            best = {key: value for key, value in checkpoint.items() if key not in training}
             save_checkpoint(best | {"selection": selection}, self.best)
         save_checkpoint(checkpoint, self.last)
 

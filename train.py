@@ -25,15 +25,13 @@ from augmentation import normalize
 from data_manager import DATASETS
 from devices import Processes
 from eval_metrics import Metrics, summarize
-from loss import WEIGHTS, mce_loss
 from model import extract_features
 from runs import Run, environment
 from training import SELECTION, Training, build_training, get_args_parser, open_run
-from utils import MODALITIES, UserError, log, log_to_terminal, run_script
+from utils import UserError, log, log_to_terminal, run_script
 
 Batches = Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]
 
-TERMS = tuple(WEIGHTS)
 LOOK_EVERY = 20  # steps between two looks at the device's losses: each look waits for the device
 
 
@@ -63,7 +61,7 @@ def rebuild_memory(training: Training, epoch: int) -> None:
     bank, processes, test_batch = training.bank, training.processes, training.args.test_batch
     training.model.eval()
     means = {}
-    for modality in MODALITIES:
+    for modality in training.loader.modalities:
         sums = torch.zeros_like(bank.shared.proxies)  # (C, D)
         counts = sums.new_zeros(len(sums), 1)
         # Of several processes each extracts its share of the images.
@@ -80,17 +78,19 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
 
     Args:
         training: what is trained; its network, bank and optimiser change.
-        batches: ({modality: (n, 3, H, W) float32}, labels (n,) int64) on the device.
+        batches: ({modality: (n, 3, H, W) float32}, labels (n,) int64) on the device; aux may be missing.
         epoch: its number, from 0, for messages.
 
     Returns:
-        The losses of each step, (steps, 7) float32 on the CPU: the total, then TERMS, unweighted.
+        The losses of each step, (steps, 1 + terms) float32 on the CPU: the total, then the loss's terms,
+        unweighted.
 
     Raises:
         NotFinite: a loss is not finite.
     """
     network, bank, optimizer, scaler = training.network, training.bank, training.optimizer, training.scaler
     device, dtype, processes = training.device, training.dtype, training.processes
+    names = tuple(training.loss.weights)
     network.train()
     history = []  # of losses, on the device
     progress = tqdm(batches, f"epoch {epoch + 1}", len(training.loader.batches), leave=False, disable=None)
@@ -98,10 +98,12 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
         # One pass through the trunk: its batch norms see all 3n images. The aux images are made of visible
         # ones, so they take the visible stem.
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            outputs = network(torch.cat([images["visible"], images["aux"]]), images["infrared"])  # (3n, D)
-        visible, aux, infrared = F.normalize(outputs.float()).chunk(3)  # (n, D) each, unit norm
-        features = {"visible": visible, "infrared": infrared, "aux": aux}
-        total, terms = mce_loss(features, labels, bank, proxies=training.args.proxies)
+            visible = torch.cat([images[modality] for modality in ("visible", "aux") if modality in images])
+            outputs, pooled = network(visible, images["infrared"], with_pooled=True)  # (3n, D) each
+        order = [modality for modality in ("visible", "aux", "infrared") if modality in images]
+        rows = F.normalize(outputs.float()).chunk(len(order))  # (n, D) each, unit norm
+        features = dict(zip(order, rows, strict=True))
+        total, terms = training.loss(features, labels, outputs, pooled)
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(total).backward()
@@ -110,20 +112,24 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
         if processes.world_size > 1:
             features = {modality: processes.all_gather(f.detach()) for modality, f in features.items()}
             labels = processes.all_gather(labels)
+            for weight in training.loss.parameters():  # a baseline's classifier, which is outside the network
+                weight.grad = processes.all_reduce(weight.grad) / processes.world_size
         bank.update(features, labels)
         scaler.step(optimizer)
         scaler.update()
 
-        history.append(torch.stack([total, *(terms[name] for name in TERMS)]).detach())
+        history.append(torch.stack([total, *(terms[name] for name in names)]).detach())
         if len(history) % LOOK_EVERY == 0:
-            refuse_non_finite(history, epoch)
+            refuse_non_finite(history, names, epoch)
             show(progress, history[-1][0].item(), training, epoch)
-    refuse_non_finite(history, epoch)
+    refuse_non_finite(history, names, epoch)
     return torch.stack(history).cpu()
 
 
 def show(progress: tqdm, loss: float, training: Training, epoch: int) -> None:
     """Write loss, speed and the time that the run's steps will still take behind a progress bar."""
+    if progress.disable:  # no terminal: no clock either
+        return
     seconds = progress.format_dict["elapsed"] / max(progress.n, 1)  # of a step
     images = 3 * training.args.batch_size * training.args.num_pos * training.processes.world_size
     steps = (training.args.epochs - epoch) * len(training.loader.batches) - progress.n
@@ -131,12 +137,12 @@ def show(progress: tqdm, loss: float, training: Training, epoch: int) -> None:
     progress.set_postfix_str(f"loss {loss:.3f}, {images / seconds:.0f} images/s, {left} left", refresh=False)
 
 
-def refuse_non_finite(history: list[torch.Tensor], epoch: int) -> None:
+def refuse_non_finite(history: list[torch.Tensor], terms: Iterable[str], epoch: int) -> None:
     """NotFinite naming the first step and the terms whose loss is not finite; waits for the device."""
     finite = torch.stack(history).isfinite().cpu()
     if not finite.all():
         step = int((~finite.all(1)).nonzero()[0])
-        bad = [name for name, good in zip(("total", *TERMS), finite[step].tolist(), strict=True) if not good]
+        bad = [name for name, good in zip(("total", *terms), finite[step].tolist(), strict=True) if not good]
         raise NotFinite(f"the loss is not finite at epoch {epoch + 1}, step {step + 1}: {', '.join(bad)}")
 
 
@@ -217,7 +223,8 @@ def fit(training: Training, run: Run) -> None:
             group["lr"] = rate
 
         began = time.perf_counter()
-        rebuild_memory(training, epoch)
+        if args.loss == "mce":  # the baselines have no memory
+            rebuild_memory(training, epoch)
         rebuilt = time.perf_counter()
         try:
             losses = train_one_epoch(training, loader.epoch(epoch), epoch)
@@ -237,13 +244,14 @@ def fit(training: Training, run: Run) -> None:
         training.epoch = epoch + 1
         if processes.rank == 0:
             run.save(training.state())
-        means = dict(zip(("loss", *TERMS), losses.mean(0).tolist(), strict=True))
+        terms = training.loss.weights
+        means = dict(zip(("loss", *terms), losses.mean(0).tolist(), strict=True))
         speed = 3 * args.batch_size * args.num_pos * processes.world_size * len(losses) / seconds
         waiting = loader.wait_seconds / seconds
         log.info(
             "epoch %d/%d: loss %.3f (%s), rate %.2e; memory %.1f s, steps %.1f s, %.0f images/s, "
             "waiting for input %.1f %%",
-            epoch + 1, args.epochs, means["loss"], ", ".join(f"{name} {means[name]:.3f}" for name in TERMS),
+            epoch + 1, args.epochs, means["loss"], ", ".join(f"{name} {means[name]:.3f}" for name in terms),
             rate, rebuilt - began, seconds, speed, 100 * waiting,
         )  # fmt: skip
         scalars = {f"loss/{name}": value for name, value in means.items()}
@@ -300,7 +308,7 @@ def train_run(args: argparse.Namespace, run: Run, checkpoint: dict | None, proce
 def check(training: Training) -> None:
     """One step on a real batch, one evaluation batch, and what they took; writes no checkpoint and no log."""
     bank, loader, device = training.bank, training.loader, training.device
-    bank.reset({modality: torch.randn_like(bank.shared.proxies) for modality in MODALITIES})
+    bank.reset({modality: torch.randn_like(bank.shared.proxies) for modality in loader.modalities})
     began = time.perf_counter()
     losses = train_one_epoch(training, islice(loader.epoch(0), 1), 0)
     seconds = time.perf_counter() - began

@@ -21,19 +21,31 @@ from devices import Processes, autocast_dtype, seed_globally, select_device
 from eval_metrics import Metrics
 from evaluation import Evaluation, Protocol
 from images import open_training_arrays, training_arrays
-from loss import PROXIES
+from loss import BASELINE_WEIGHTS, LOSSES, MARGIN, MCE, PROXIES, WEIGHTS, Baseline
 from memory import MemoryBank
 from model import ARCHS, STEMS, TwoStreamResNet, load_strictly
 from own_data import draw_split
 from runs import MAY_CHANGE, Run, run_name
-from utils import Parser, UserError, at_least, data_flags, device_flags, log, positive, seed_number
+from utils import (
+    MODALITIES,
+    Parser,
+    UserError,
+    at_least,
+    data_flags,
+    device_flags,
+    log,
+    positive,
+    seed_number,
+)
 
 SELECTION = {
     "test": "the epoch with the highest mAP on the test split, as is the literature's habit: optimistic",
     "val": "the epoch with the highest mAP on the val ids, which are not trained on",
     "last": "the last epoch: none is chosen",
 }
-STATE = {"optimizer", "scaler", "epoch", "evaluated", "best", "cmc", "mAP", "mINP", "data", "world_size"}
+STATE = {
+    "loss", "optimizer", "scaler", "epoch", "evaluated", "best", "cmc", "mAP", "mINP", "data", "world_size",
+}  # fmt: skip
 
 
 # --- settings, in three layers: the dataset's, the checkpoint's, what is typed
@@ -102,13 +114,10 @@ def get_args_parser() -> Parser:
         "--pad", type=at_least(0), default=PAD, metavar="PIXELS",
         help=f"border that random crops reach into; less for images smaller than the paper's ({PAD})",
     )  # fmt: skip
-    add(
-        "--proxies", choices=PROXIES, default="historical",
-        help="what the align term compares with (historical)",
-    )  # fmt: skip
     add("--seed", type=seed_number, default=0, metavar="N", help="of all randomness (0)")
     add("--deterministic", action="store_true", help="only algorithms that repeat exactly, on a GPU too")
     add("--compile", action="store_true", help="torch.compile the network: a slow start, no gain on a CPU")
+    add_method_flags(parser)
     evaluation = parser.add_argument_group("evaluation during training")
     add = evaluation.add_argument
     add(
@@ -135,6 +144,65 @@ def get_args_parser() -> Parser:
         help="try data, one step, one evaluation batch and the outputs, and report what was found",
     )  # fmt: skip
     return parser
+
+
+def add_method_flags(parser: Parser) -> None:
+    """Add what distinguishes the method from its variants: docs/method.md, sections 5 and 6."""
+    add = parser.add_argument_group("method").add_argument
+    add(
+        "--loss", choices=LOSSES, default="mce",
+        help="the others: baselines without a memory, identity cross-entropy and a triplet loss (mce)",
+    )  # fmt: skip
+    add(
+        "--loss-weights", type=term_weight, nargs="+", metavar="TERM=WEIGHT",
+        help="weights of terms that shall differ: "
+        + ", ".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
+        + "; of the baselines: "
+        + ", ".join(f"{name}={weight:g}" for name, weight in BASELINE_WEIGHTS.items()),
+    )  # fmt: skip
+    add("--temperature", type=positive, default=0.05, help="of the memory's logits (0.05)")
+    add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy (0.25)")
+    add("--shared-momentum", type=fraction, default=0.1, help="weight of the old shared proxy (0.1)")
+    add(
+        "--update", choices=("hard", "mean"), default="hard",
+        help="what a shared proxy learns from: the least similar feature of its identity, or the mean (hard)",
+    )  # fmt: skip
+    add(
+        "--proxies", choices=PROXIES, default="historical",
+        help="what the align term compares with (historical)",
+    )  # fmt: skip
+    add("--margin", type=positive, default=MARGIN, help=f"of the terms center and hard triplet ({MARGIN})")
+    add("--no-aux", action="store_true", help="make no aux images: two modalities, three memories")
+
+
+def term_weight(text: str) -> str:
+    """An argparse type: TERM=WEIGHT with a weight of at least 0."""
+    name, _, weight = text.partition("=")
+    if name not in WEIGHTS | BASELINE_WEIGHTS or not 0 <= float(weight or "nan") < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no TERM=WEIGHT: terms are {', '.join(WEIGHTS | BASELINE_WEIGHTS)}, weights at least 0"
+        )
+    return text
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value
+
+
+def loss_weights(args: argparse.Namespace) -> dict[str, float]:
+    """The weight of each term of the run's loss."""
+    weights = dict(WEIGHTS if args.loss == "mce" else BASELINE_WEIGHTS)
+    for name, _, weight in (words.partition("=") for words in args.loss_weights or ()):
+        if name not in weights:
+            raise UserError(
+                f"--loss-weights: --loss {args.loss} has the terms {', '.join(weights)}, no {name}"
+            )
+        weights[name] = float(weight)
+    return weights
 
 
 def trial(text: str) -> str:
@@ -193,6 +261,11 @@ def parse_args(
         parser.error(f"argument --test-identities: {facts.title} has a split of its own")
     if args.select == "val" and dataset != "sysu":
         parser.error("argument --select: only SYSU-MM01 has val ids")
+    loss_weights(args)
+    if args.loss != "mce":
+        for key in ("temperature", "momentum", "shared_momentum", "update", "proxies"):
+            if vars(args)[key] != parser.get_default(key):
+                parser.error(f"argument --{key.replace('_', '-')}: --loss {args.loss} has no memory")
     if args.name is None:
         args.name = run_name(vars(args), vars(parser.parse_args([])))
     args.command = argv
@@ -272,6 +345,7 @@ class Training:
     model: TwoStreamResNet  # the weights that are evaluated and saved
     network: nn.Module  # the same as a step calls it: across processes, compiled
     bank: MemoryBank
+    loss: nn.Module  # of a step: MCE, or a baseline with its classifier
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     evaluation: Evaluation
@@ -287,6 +361,7 @@ class Training:
         latest = self.latest
         return {
             "net": self.model.state_dict(),
+            "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
@@ -353,6 +428,7 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
     if processes.world_size > 1:
         network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
         network.broadcast_buffers = False  # training reads none; train.py broadcasts them each epoch
+    bank, loss = build_loss(args, loader.batches.classes, model.dim, device)
     training = Training(
         args=args,
         processes=processes,
@@ -361,8 +437,11 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
         loader=loader,
         model=model,
         network=torch.compile(network) if args.compile else network,
-        bank=MemoryBank(loader.batches.classes, model.dim, device=device),
-        optimizer=torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=True),
+        bank=bank,
+        loss=loss,
+        optimizer=torch.optim.Adam(
+            [*model.parameters(), *loss.parameters()], args.lr, weight_decay=5e-4, fused=True
+        ),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         evaluation=evaluation,
         protocol=protocol,
@@ -372,6 +451,19 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
         restore(training, checkpoint)
     evaluation.load(args.workers, processes)  # broken test images are found before the first epoch
     return training
+
+
+def build_loss(
+    args: argparse.Namespace, num_classes: int, dim: int, device: torch.device
+) -> tuple[MemoryBank, nn.Module]:
+    """The memory bank, which a baseline leaves unused, and the loss."""
+    bank = MemoryBank(
+        num_classes, dim, args.temperature, args.shared_momentum, args.momentum, args.update == "hard", device
+    )
+    weights = loss_weights(args)
+    if args.loss == "mce":
+        return bank, MCE(bank, weights, args.proxies, args.margin)
+    return bank, Baseline(args.loss, num_classes, dim, weights, args.margin).to(device)
 
 
 def build_loader(
@@ -387,7 +479,8 @@ def build_loader(
         labels, args.batch_size, args.num_pos, args.seed, processes.rank, processes.world_size
     )
     recipe = DATASETS[args.dataset].recipe
-    loader = TrainLoader(images, labels, batches, recipe, device, args.seed, args.cache, args.pad)
+    modalities = [modality for modality in MODALITIES if not (args.no_aux and modality == "aux")]
+    loader = TrainLoader(images, labels, batches, recipe, device, args.seed, args.cache, args.pad, modalities)
     counts = ", ".join(f"{(own >= 0).sum()} {modality}" for modality, own in labels.items())
     size = f"{loader.height}x{loader.width}"
     data = f"{batches.classes} identities, {counts} images of {size}, {fingerprint[:16]}"
@@ -438,6 +531,7 @@ def restore(training: Training, checkpoint: dict) -> None:
             f"start it with torchrun --nproc_per_node {count}"
         )
     try:
+        training.loss.load_state_dict(checkpoint["loss"])
         training.optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:  # empty unless the run is in fp16: --amp auto differs between GPUs
             training.scaler.load_state_dict(checkpoint["scaler"])

@@ -22,6 +22,7 @@ from conftest import ENVIRONMENT, REPOSITORY, command, tiny_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import images
+import loss
 import synthetic
 import train
 from checkpoints import load_checkpoint
@@ -358,8 +359,8 @@ def spoil(monkeypatch, at, how):
         total, terms = mce_loss(*args, **kwargs)
         return how(total, terms) if len(steps) == at else (total, terms)
 
-    mce_loss = train.mce_loss
-    monkeypatch.setattr(train, "mce_loss", spoilt)
+    mce_loss = loss.mce_loss
+    monkeypatch.setattr(loss, "mce_loss", spoilt)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(unfinished, train_here, monkeypatch):
