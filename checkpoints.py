@@ -1,6 +1,7 @@
 """Checkpoints and weights on disk: read without ever running code, written completely or not at all."""
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -73,6 +74,16 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     if not isinstance(checkpoint, dict) or not is_state_dict(checkpoint.get("net")):
         raise UserError(f"{path} is not a checkpoint: it has no `net` with the weights of a network")
     return checkpoint
+
+
+def fingerprint(checkpoint: dict) -> str:
+    """Sixteen hexadecimal digits that tell a checkpoint's network from others: a sha256 of its weights."""
+    digest = hashlib.sha256()
+    for key, value in sorted(checkpoint["net"].items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(repr((key.removeprefix("module."), value.dtype, tuple(value.shape))).encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def save_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:

@@ -12,8 +12,10 @@ from PIL import Image
 
 import synthetic
 import train
+from checkpoints import save_checkpoint
 from data_manager import class_labels, train_samples
 from images import write_training_arrays
+from model import TwoStreamResNet
 from utils import run_script as run_main
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, and long where cores are shared
@@ -67,6 +69,21 @@ def draw_images(folder, number, size=(12, 30), seed=0):
         paths.append(str(folder / f"{k:04d}.png"))
         small.resize(size).save(paths[-1])
     return paths
+
+
+def random_checkpoint(path, seed=0, **settings):
+    """Write the checkpoint of an untrained ResNet-18 for 32x16 images, none of its layers the identity."""
+    torch.manual_seed(seed)
+    settings = {"arch": "resnet18", "stem": "two-stream", "img_h": 32, "img_w": 16, "amp": "off"} | settings
+    network = TwoStreamResNet(settings["arch"], settings["stem"])
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            module.running_mean.normal_(0, 0.1)
+    checkpoint = {"net": network.state_dict(), "cmc": [], "mAP": 0.0, "mINP": 0.0, "epoch": 0}
+    save_checkpoint(checkpoint | {"args": settings}, path)
+    return str(path)
 
 
 def read_slowly(path, height, width):

@@ -1,0 +1,233 @@
+"""Images of one's own to features: the network as a function, and file after file for millions of images."""
+
+import contextlib
+import csv
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from augmentation import normalize, pinned
+from checkpoints import fingerprint, load_checkpoint
+from data_loader import read_ahead
+from data_manager import DATASETS, IMAGE_SUFFIXES
+from flags import saved_settings
+from images import DECODE_PIECE, UnreadableImages, read_image, to_pixels
+from model import TwoStreamResNet, build_model, extract_features
+from utils import MODALITIES, UserError
+
+BATCH = 64  # images that an Embedder embeds at a time
+
+
+class Embedder(nn.Module):
+    """Image files or PIL images to features; `.to("cuda")` moves it as it does any network.
+
+    network: in evaluation mode. height, width: what images are resized to, those it was trained with.
+    fingerprint: of its weights.
+    """
+
+    def __init__(self, network: TwoStreamResNet, height: int, width: int, fingerprint: str = ""):
+        super().__init__()
+        self.network, self.height, self.width, self.fingerprint = network, height, width, fingerprint
+
+    def forward(self, images: Sequence[str | os.PathLike | Image.Image], modality: str) -> torch.Tensor:
+        """Unit features (N, D) float32, on the network's device, of N image files or PIL images.
+
+        modality: "visible" or "infrared", that of all the images. The features are those of test.py
+        --amp off. UnreadableImages names the first file that cannot be read.
+        """
+        if modality not in MODALITIES:
+            raise ValueError(f"modality is one of {', '.join(MODALITIES)}, not {modality!r}")
+        if isinstance(images, str | os.PathLike | Image.Image) or not len(images):
+            raise ValueError("images is a list of at least one image file or PIL image")
+        device = self.network.neck.weight.device
+
+        def batches() -> Iterator[torch.Tensor]:
+            for start in range(0, len(images), BATCH):
+                pixels = np.stack([self._pixels(image) for image in images[start : start + BATCH]])
+                yield normalize(torch.from_numpy(pixels).to(device))
+
+        return extract_features(self.network, batches(), modality)
+
+    def _pixels(self, image: str | os.PathLike | Image.Image) -> np.ndarray:
+        if isinstance(image, Image.Image):
+            return to_pixels(image.copy(), self.height, self.width)
+        return read_image(image, self.height, self.width)
+
+
+def open_embedder(
+    path: str | os.PathLike, height: int | None = None, width: int | None = None
+) -> tuple[Embedder, dict[str, object]]:
+    """The Embedder of a checkpoint, on the CPU, and the settings that it was trained with.
+
+    height, width: of the images; None: what the checkpoint says, or SYSU-MM01's. UserError naming path: not a
+    checkpoint of this project or of the released code.
+    """
+    checkpoint = load_checkpoint(path)
+    saved = saved_settings(checkpoint, path)
+    height = height or saved.get("img_h", DATASETS["sysu"].height)
+    width = width or saved.get("img_w", DATASETS["sysu"].width)
+    return Embedder(build_model(checkpoint, path), height, width, fingerprint(checkpoint)), saved
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """N image files, and the values (N tuples) of the columns that a table has of each."""
+
+    paths: list[str]
+    columns: tuple[str, ...] = ()
+    values: list[tuple[str, ...]] | None = None
+
+
+def find_images(source: str | os.PathLike, flag: str, modality: str | None = None) -> Found:
+    """The images of a folder and those below it, a list (.txt), a table (.csv with a column path) or a file.
+
+    A table's rows of another modality than the given one are left out. Paths come absolute, each once;
+    relative ones in a list or a table count from its folder. The files of a list need not exist, but one
+    must. UserError, naming flag and source: no such file or folder, none of these kinds, no images.
+    """
+    source = Path(source)
+    suffix = source.suffix.lower()
+    if source.is_dir():
+        found = Found(_walk(source))
+    elif not source.is_file():
+        raise UserError(f"{flag} {source}: no such file or folder")
+    elif suffix in IMAGE_SUFFIXES:
+        return Found([os.path.abspath(source)])
+    elif suffix == ".csv":
+        found = _read_table(source, flag, modality)
+    elif suffix == ".txt":
+        text = source.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        lines = (line.rstrip("\r") for line in text.split("\n"))
+        found = Found(list(dict.fromkeys(_absolute(source, line) for line in lines if line)))
+    else:
+        raise UserError(f"{flag} {source}: no folder, list (.txt), table (.csv) or image by its name")
+    if not found.paths:
+        raise UserError(f"{flag} {source}: no images there")
+    if not any(map(os.path.exists, found.paths)):
+        raise UserError(f"{flag} {source}: none of its files exists; the first would be {found.paths[0]}")
+    return found
+
+
+def _absolute(source: Path, path: str) -> str:
+    return os.path.normpath(os.path.join(os.path.abspath(source.parent), path))
+
+
+def _walk(root: Path) -> list[str]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot list {error.filename}: {error.strerror}")
+
+    return [
+        os.path.join(folder, name)
+        for folder, folders, names in os.walk(os.path.abspath(root), onerror=refuse)
+        for name in sorted(names)
+        if name.lower().endswith(IMAGE_SUFFIXES) and folders.sort() is None
+    ]
+
+
+def _read_table(source: Path, flag: str, modality: str | None) -> Found:
+    with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+        lines = csv.reader(stream)
+        header = next(lines, [])
+        if "path" not in header:
+            raise UserError(f"{flag} {source}: its first line names no column `path`")
+        place = header.index("path")
+        columns = tuple(header[:place] + header[place + 1 :])
+        known = {}
+        for line in lines:
+            if len(line) != len(header):
+                raise UserError(
+                    f"{flag} {source}, line {lines.line_num}: {len(line)} values, {len(header)} columns"
+                )
+            path = _absolute(source, line.pop(place))
+            values = tuple(map(sys.intern, line))
+            if (
+                modality is None
+                or dict(zip(columns, values, strict=True)).get("modality", modality) == modality
+            ):
+                known[path] = values
+    return Found(list(known), columns, list(known.values()))
+
+
+def readable_batches(
+    paths: Sequence[str], height: int, width: int, batch_size: int, workers: int
+) -> Iterator[tuple[np.ndarray, list[int], list[str]]]:
+    """Yield (pixels (n, height, width, 3) uint8, the n rows of paths, failures), decoded ahead by workers.
+
+    n is at most batch_size. What cannot be read is in no batch: failures says "path (reason)" of it.
+    """
+
+    def read(piece: Sequence[str]) -> list[np.ndarray | UnreadableImages]:
+        images = []
+        for path in piece:
+            try:
+                images.append(read_image(path, height, width))
+            except UnreadableImages as error:
+                images.append(error)
+        return images
+
+    pieces = (paths[start : start + DECODE_PIECE] for start in range(0, len(paths), DECODE_PIECE))
+    pool = ThreadPoolExecutor(workers)
+    try:
+        pending = deque(pool.submit(read, piece) for piece in islice(pieces, 2 * workers + batch_size // 4))
+        pixels, rows, failures, row = [], [], [], 0
+        while pending:
+            for image in pending.popleft().result():
+                if isinstance(image, UnreadableImages):
+                    failures += image.failures
+                else:
+                    pixels.append(image)
+                    rows.append(row)
+                row += 1
+            pending.extend(pool.submit(read, piece) for piece in islice(pieces, 1))
+            while len(rows) >= batch_size or (rows and not pending):
+                yield np.stack(pixels[:batch_size]), rows[:batch_size], failures
+                del pixels[:batch_size], rows[:batch_size]
+                failures = []
+        if failures:
+            yield np.empty((0, height, width, 3), np.uint8), [], failures
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def embed_files(
+    embedder: Embedder,
+    paths: Sequence[str],
+    modality: str,
+    batch_size: int,
+    workers: int,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[torch.Tensor, list[int], list[str]]]:
+    """Yield (unit features (n, D) float32 on the CPU, the n rows of paths, failures), in order, as they come.
+
+    Images are read ahead of the network; dtype: autocast's, None for float32; failures as readable_batches.
+    """
+    network, device = embedder.network, embedder.network.neck.weight.device
+
+    def batches() -> Iterator[tuple[torch.Tensor, list[int], list[str]]]:
+        parts = readable_batches(paths, embedder.height, embedder.width, batch_size, workers)
+        with contextlib.closing(parts):
+            for pixels, rows, failures in parts:
+                yield pinned(pixels, device), rows, failures
+
+    waiting = None  # a batch stays on a GPU until the next one is under way, so that the GPU never waits
+    with contextlib.closing(read_ahead(batches(), device)) as items:
+        for pixels, rows, failures in items:
+            features = torch.empty(0, network.dim)
+            if rows:
+                images = normalize(pixels.to(device, non_blocking=True))
+                features = extract_features(network, [images], modality, dtype)
+            if waiting:
+                yield waiting[0].cpu(), *waiting[1:]
+            waiting = features, rows, failures
+    if waiting:
+        yield waiting[0].cpu(), *waiting[1:]

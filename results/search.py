@@ -1,0 +1,130 @@
+"""The nearest rows of a folder of embeddings: exactly, in blocks, or through a FAISS index.
+
+A similarity is the product of two unit features: their cosine, 1 for the same.
+"""
+
+import math
+import os
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from results.shards import Embeddings
+from utils import UserError, log, whole_file
+
+BLOCK = 4096  # rows: 2,048 dimensions of them in float32 are 34 MB
+CANDIDATES = 20  # of the index for each result, at least FEWEST, compared exactly
+FEWEST = 200
+RECALL = 0.95  # the index looks through more and more of its lists until it has this
+SMALLEST = 1000  # rows worth an index
+
+
+@torch.inference_mode()
+def nearest(queries: torch.Tensor, gallery: Embeddings, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(similarities (Q, k) float32, positions (Q, k) int64) of the k = min(top, N) nearest rows, in order.
+
+    queries: unit features (Q, D) float32, on the device that computes. Exact: every row is compared in
+    float32. It holds a shard, a block in float32 and Q x (BLOCK + top) numbers, however large the gallery.
+    """
+    best = queries.new_empty(len(queries), 0)
+    positions = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    for first, block in gallery.blocks(BLOCK):
+        similarities = queries @ block.to(queries.device).float().T
+        similarities, rows = similarities.topk(min(top, len(block)))
+        best, positions = torch.cat([best, similarities], 1), torch.cat([positions, rows + first], 1)
+        best, order = best.topk(min(top, best.shape[1]))
+        positions = positions.gather(1, order)
+    return best, positions
+
+
+def faiss_module() -> ModuleType:
+    """FAISS; UserError, saying what to install, where it is not."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError("--index needs FAISS: pip install faiss-cpu") from error
+    return faiss
+
+
+def open_index(gallery: Embeddings, top: int) -> object:
+    """The FAISS index of a folder, from its file index-<digest of the shards>.faiss, built if there is none.
+
+    top: what its recall is measured at. UserError: no FAISS; an index older than its shards, or broken, both
+    by name; too few rows.
+    """
+    faiss = faiss_module()
+    path = gallery.folder / f"index-{gallery.digest()}.faiss"
+    if path.exists():
+        try:
+            return faiss.read_index(os.fspath(path))
+        except RuntimeError as error:
+            raise UserError(f"{path}: not a whole index: remove it, and --index builds another") from error
+    if others := sorted(gallery.folder.glob("index-*.faiss")):
+        raise UserError(f"{others[0]} is older than its shards: remove it, and --index builds another")
+    if len(gallery) < SMALLEST:
+        raise UserError(f"--index: {gallery.folder} has {len(gallery)} rows, too few: search without it")
+    index = build_index(gallery)
+    recall = tune(index, gallery, top)
+    lists = faiss.extract_index_ivf(index)
+    log.info(
+        "%s: recall@%d %.3f against exact search, with rows of the gallery as queries, %d of %d lists",
+        path, top, recall, lists.nprobe, lists.nlist,
+    )  # fmt: skip
+    with whole_file(path) as temporary:
+        faiss.write_index(index, os.fspath(temporary))
+    return index
+
+
+def build_index(gallery: Embeddings) -> object:
+    """A FAISS index of all rows: a byte for each of 256 principal components, in sqrt(N) inverted lists.
+
+    256 bytes a row, where a shard has 4,096 of 2,048 dimensions: enough to propose candidates. By Euclidean
+    distance, which ranks unit features as their product does and which centring leaves as it is.
+    """
+    faiss = faiss_module()
+    count, dim = len(gallery), gallery.manifest.dim
+    lists = min(round(math.sqrt(count)), count // 40)
+    index = faiss.index_factory(dim, f"PCA256,IVF{lists},SQ8", faiss.METRIC_L2)
+    sample = min(count, max(20000, 40 * lists))
+    log.info("building an index of %d rows: %d lists, learnt from %d rows", count, lists, sample)
+    index.train(gallery.take(np.linspace(0, count - 1, sample).astype(np.int64)).float().numpy())
+    for _, block in gallery.blocks(BLOCK):
+        index.add(block.float().numpy())
+    return index
+
+
+def tune(index: object, gallery: Embeddings, top: int, samples: int = 100) -> float:
+    """Set how many lists the index looks through, so that its recall@top reaches RECALL; return the recall.
+
+    Of the exact `top` nearest of some rows of the gallery, evenly taken, how many the index gives too.
+    """
+    lists = faiss_module().extract_index_ivf(index)
+    queries = gallery.take(np.linspace(0, len(gallery) - 1, samples).astype(np.int64)).float()
+    _, exact = nearest(queries, gallery, top)
+    lists.nprobe = 1
+    while True:
+        _, found = nearest_by_index(index, queries, gallery, top)
+        recall = float((found[:, :, None] == exact[:, None]).any(1).float().mean())
+        if recall >= RECALL or lists.nprobe == lists.nlist:
+            return recall
+        lists.nprobe = min(2 * lists.nprobe, lists.nlist)
+
+
+def nearest_by_index(
+    index: object, queries: torch.Tensor, gallery: Embeddings, top: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As nearest, of the rows that the index proposes: their similarities are exact.
+
+    queries: on the CPU. Fewer are found than asked for: similarity -inf and position -1.
+    """
+    top = min(top, len(gallery))
+    _, candidates = index.search(queries.numpy(), max(FEWEST, CANDIDATES * top))
+    candidates = torch.from_numpy(candidates)
+    best = torch.full((len(queries), top), -torch.inf)
+    positions = torch.full((len(queries), top), -1)
+    for k, row in enumerate(candidates):
+        row = row[row >= 0]
+        similarities, order = (gallery.take(row.numpy()).float() @ queries[k]).topk(min(top, len(row)))
+        best[k, : len(order)], positions[k, : len(order)] = similarities, row[order]
+    return best, positions

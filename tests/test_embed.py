@@ -1,0 +1,309 @@
+"""tools.embed: shards of features and their tables, continued, kept up to date, of one kind in a folder."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ENVIRONMENT, draw_images, random_checkpoint
+from PIL import Image
+
+from checkpoints import fingerprint, load_checkpoint
+from results.embeddings import embed_files, find_images, open_embedder, readable_batches
+from results.shards import Embeddings, read_manifest, shards_of
+from tools import embed
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "a.t")
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """Embed images into tmp_path/out and return the exit status."""
+
+    def run(images, *flags, resume=checkpoint, modality="infrared"):
+        words = ["--resume", resume, "--images", images, "--modality", modality, "--output", tmp_path / "out"]
+        args = [*words, "--gpu", "-1", "--workers", "2", "--test-batch", "3", *flags]
+        return embed.main(embed.get_args_parser().parse_args(list(map(str, args))))
+
+    return run
+
+
+def contents(folder):
+    """{path: (feature, the table's line)}, read as the documentation tells users to."""
+    found = {}
+    for table in folder.glob("*.csv"):
+        features = np.load(table.with_suffix(".npy"), mmap_mode="r")
+        assert features.dtype == np.float16
+        with open(table, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+            for line in csv.DictReader(stream):
+                assert line["path"] not in found
+                found[line["path"]] = features[int(line["row"])], line
+    return found
+
+
+def embedded_anew(checkpoint, paths, modality="infrared"):
+    embedder, _ = open_embedder(checkpoint)
+    return {path: embedder([path], modality)[0].numpy() for path in paths}
+
+
+def same(features, wanted):
+    assert set(features) == set(wanted)
+    for path, feature in wanted.items():
+        np.testing.assert_allclose(features[path][0], feature, atol=1e-3)
+        assert abs(feature @ features[path][0]) > 0.9999
+
+
+def test_features_are_those_of_the_images(run, checkpoint, tmp_path):
+    paths = draw_images(tmp_path / "in", 5) + draw_images(tmp_path / "in" / "below", 2, seed=1)
+    assert run(tmp_path / "in") == 0
+    same(contents(tmp_path / "out"), embedded_anew(checkpoint, paths))
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.fingerprint == fingerprint(load_checkpoint(checkpoint))
+    assert (manifest.dim, manifest.modality, manifest.height, manifest.width) == (512, "infrared", 32, 16)
+    assert (manifest.precision, manifest.complete) == ("float32", True)
+
+
+def test_only_what_is_new_or_changed_is_embedded_again(run, checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    paths = draw_images(folder, 6)
+    run(folder)
+    draw_images(folder, 1, seed=9)  # the first is another image now
+    os.remove(paths[1])
+    new = draw_images(folder / "new", 2, seed=5)
+    read = []
+    monkeypatch.setattr(
+        embed, "embed_files", lambda e, paths, *rest: (read.extend(paths), embed_files(e, paths, *rest))[1]
+    )
+    assert run(folder) == 0
+    assert sorted(read) == sorted([paths[0], *new])
+    left = [path for path in [*paths, *new] if path != paths[1]]
+    same(contents(tmp_path / "out"), embedded_anew(checkpoint, left))
+    read.clear()
+    assert run(folder) == 0
+    assert read == []
+
+
+def test_unreadable_files_are_listed_and_left_out(run, tmp_path, capsys):
+    folder = tmp_path / "in"
+    paths = draw_images(folder, 10)
+    for path in (paths[0], paths[4], paths[9]):
+        with open(path, "w") as file:
+            file.write("no image")
+    assert run(folder) == 1
+    errors = capsys.readouterr().err
+    assert [line for line in errors.splitlines() if line.startswith("cannot read")] == [
+        f"cannot read {path} (not an image)" for path in (paths[0], paths[4], paths[9])
+    ]
+    assert "7 embedded, 0 as they were, 0 dropped, 3 unreadable" in errors
+    assert set(contents(tmp_path / "out")) == set(paths) - {paths[0], paths[4], paths[9]}
+    for path in (paths[0], paths[4], paths[9]):
+        os.remove(path)
+    assert run(folder) == 0
+
+
+def test_nothing_but_unreadable_files(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_text("no image")
+    assert run(tmp_path / "in") == 1
+    with pytest.raises(UserError, match="embeddings of no images"):
+        Embeddings(tmp_path / "out")
+
+
+KILLED = """
+import os, signal, sys
+from tools import embed
+from results import shards
+embed.SHARD_ROWS = 6
+write, written = shards.Shard.replace, []
+def write_or_die(shard, records):
+    if len(written) == {after}:
+        os.kill(os.getpid(), signal.SIGKILL)  # the rows are there, their table is not
+    written.append(shard)
+    write(shard, records)
+shards.Shard.replace = write_or_die
+embed.main(embed.get_args_parser().parse_args(sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_goes_on(run, checkpoint, tmp_path, monkeypatch):
+    paths = draw_images(tmp_path / "in", 14)
+    words = ["--resume", checkpoint, "--images", tmp_path / "in", "--modality", "infrared"]
+    words += ["--output", tmp_path / "out", "--gpu", "-1", "--test-batch", "3"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED.format(after=1), *map(str, words)],
+        cwd=tmp_path, env=os.environ | ENVIRONMENT, timeout=120, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -9
+    out = tmp_path / "out"
+    assert len(list(out.glob("*.npy"))) == 2
+    assert len(contents(out)) == 6
+    assert not read_manifest(out).complete
+    (out / ".000-000007.npy.abc.part").write_bytes(b"half")
+    read = []
+    monkeypatch.setattr(
+        embed, "embed_files", lambda e, paths, *rest: (read.extend(paths), embed_files(e, paths, *rest))[1]
+    )
+    assert run(tmp_path / "in") == 0
+    assert read == paths[6:]
+    same(contents(out), embedded_anew(checkpoint, paths))
+    assert len(list(out.glob("*.npy"))) == len(shards_of(out))
+    assert list(out.glob("*.part")) == list(out.glob(".*.part")) == []
+    assert read_manifest(out).complete
+
+
+def test_what_a_table_knows_is_kept_and_kept_up_to_date(run, checkpoint, tmp_path):
+    paths = draw_images(tmp_path / "in", 3)
+    table = tmp_path / "t.csv"
+    table.write_text(
+        "pid,path,modality,size\n007,in/0000.png,infrared,big\nAnna,in/0001.png,visible,\nBo,in/0002.png,infrared,\n"
+    )
+    assert run(table) == 0
+    same(contents(tmp_path / "out"), embedded_anew(checkpoint, [paths[0], paths[2]]))
+    line = contents(tmp_path / "out")[paths[0]][1]
+    assert (line["pid"], line["modality"], int(line["size"])) == (
+        "007",
+        "infrared",
+        os.path.getsize(paths[0]),
+    )
+    table.write_text(table.read_text().replace("Bo", "Børge"))
+    before = [shard.array.stat().st_mtime_ns for shard in shards_of(tmp_path / "out")]
+    assert run(table) == 0
+    assert contents(tmp_path / "out")[paths[2]][1]["pid"] == "Børge"
+    assert [shard.array.stat().st_mtime_ns for shard in shards_of(tmp_path / "out")] == before
+
+
+def test_file_names_may_be_anything(run, tmp_path):
+    (path,) = draw_images(tmp_path / "in", 1)
+    names = [os.fsdecode(b'caf\xe9, "old".png'), "ü\nü.PNG"]
+    for name in names:
+        os.link(path, tmp_path / "in" / name)
+    assert run(tmp_path / "in") == 0
+    assert set(contents(tmp_path / "out")) == {path, *(str(tmp_path / "in" / name) for name in names)}
+    assert {r["path"] for r in Embeddings(tmp_path / "out").records(np.arange(3))} == set(
+        contents(tmp_path / "out")
+    )
+    assert run(tmp_path / "in") == 0
+    assert len(contents(tmp_path / "out")) == 3
+
+
+def test_modalities_have_their_own_stems(run, checkpoint, tmp_path):
+    paths = draw_images(tmp_path / "in", 2)
+    run(tmp_path / "in", modality="visible")
+    same(contents(tmp_path / "out"), embedded_anew(checkpoint, paths, "visible"))
+    with pytest.raises(UserError, match="was made with modality visible, this run has infrared"):
+        run(tmp_path / "in", modality="infrared")
+
+
+def test_another_run_s_folder_is_refused(run, tmp_path):
+    draw_images(tmp_path / "in", 2)
+    draw_images(tmp_path / "other", 2)
+    run(tmp_path / "in")
+    other = random_checkpoint(tmp_path / "b.t", seed=1)
+    before = contents(tmp_path / "out")
+    for images, flags, words in (
+        ("in", {"resume": other}, "made with fingerprint"),
+        ("other", {}, "made with images"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(tmp_path / images, **flags)
+    with pytest.raises(UserError, match="made with height 32, this run has 48"):
+        run(tmp_path / "in", "--img-h", "48")
+    assert set(contents(tmp_path / "out")) == set(before)
+    with (
+        embed.opened(tmp_path / "out", read_manifest(tmp_path / "out")),
+        pytest.raises(UserError, match="another tools"),
+    ):
+        run(tmp_path / "in")
+
+
+def test_a_list_says_which(run, tmp_path, capsys):
+    paths = draw_images(tmp_path / "in", 3)
+    listed = tmp_path / "images.txt"
+    listed.write_text(f"in/0002.png\r\n{paths[0]}\nin/gone.png\n\nin/0002.png\n")
+    assert run(listed) == 1
+    assert f"cannot read {tmp_path}/in/gone.png (no such file)" in capsys.readouterr().err
+    assert set(contents(tmp_path / "out")) == {paths[0], paths[2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("gone", None, "--images gone: no such file or folder"),
+        ("a.doc", "", "--images a.doc: no folder, list"),
+        ("a.txt", "\n", "--images a.txt: no images there"),
+        ("a.txt", "b.png\nc.png", "--images a.txt: none of its files exists; the first would be .*b.png"),
+        ("a.csv", "", "--images a.csv: its first line names no column `path`"),
+        ("a.csv", "path,pid\nx.png,1\ny.png\n", "--images a.csv, line 3: 1 values, 2 columns"),
+        ("empty", "folder", "--images empty: no images there"),
+    ],
+)
+def test_bad_lists(name, text, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text == "folder":
+        (tmp_path / name).mkdir()
+    elif text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=words):
+        find_images(name, "--images")
+
+
+def test_batches_keep_order_and_size(tmp_path):
+    paths = draw_images(tmp_path, 21)
+    for k in (0, 7, 8, 20):
+        paths[k] = str(tmp_path / f"gone{k}.png")
+    rows, failures = [], []
+    for pixels, those, failed in readable_batches(paths, 8, 4, batch_size=5, workers=3):
+        assert pixels.shape == (len(those), 8, 4, 3)
+        assert len(those) <= 5
+        rows += those
+        failures += failed
+    assert rows == [k for k in range(21) if k not in (0, 7, 8, 20)]
+    assert failures == [f"{paths[k]} (no such file)" for k in (0, 7, 8, 20)]
+
+
+def test_two_processes_share_the_work(checkpoint, tmp_path):
+    paths = draw_images(tmp_path / "in", 7)
+    (tmp_path / "in" / "bad.png").write_text("no image")
+    words = ["--resume", checkpoint, "--images", tmp_path / "in", "--modality", "infrared"]
+    words += ["--output", tmp_path / "out", "--gpu", "-1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, "-m", "tools.embed", *map(str, words)], cwd=tmp_path, env=os.environ | ENVIRONMENT,
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert "7 embedded, 0 as they were, 0 dropped, 1 unreadable" in done.stderr, done.stderr
+    assert done.returncode == 1
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.csv")) == [
+        "000-000000.csv",
+        "001-000000.csv",
+    ]
+    same(contents(tmp_path / "out"), embedded_anew(checkpoint, paths))
+
+
+def test_fingerprints_tell_weights_apart(checkpoint):
+    first = load_checkpoint(checkpoint)
+    net = first["net"]
+    assert fingerprint({"net": dict(reversed(net.items()))}) == fingerprint(first)
+    key = "neck.running_mean"
+    assert fingerprint({"net": net | {key: net[key] + 1e-6}}) != fingerprint(first)
+
+
+def test_the_embedder_takes_files_and_open_images(checkpoint, tmp_path):
+    paths = draw_images(tmp_path, 2)
+    embedder, _ = open_embedder(checkpoint)
+    with Image.open(paths[1]) as image:
+        features = embedder([paths[0], image], "infrared")
+        assert image.size == (12, 30)
+    torch.testing.assert_close(features, embedder(paths, "infrared"))
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+    assert not torch.allclose(features, embedder(paths, "visible"), atol=1e-2)
+    for images, modality in (([], "visible"), (paths[0], "visible"), (paths, "thermal")):
+        with pytest.raises(ValueError, match=r"images is a list|modality is one of"):
+            embedder(images, modality)
