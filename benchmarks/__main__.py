@@ -30,6 +30,8 @@ NAMES = (
     "memory_and_loss",
     "training_step",
     "extraction",
+    "embedding",
+    "search",
     "start_up",
     "preprocessing",
 )

@@ -211,8 +211,9 @@ def test_an_index_finds_what_exact_search_finds(faiss, tmp_path, capsys):
     queries = torch.nn.functional.normalize(torch.from_numpy(rows[5:1500:50]) + 0.02 * unit(30))
     wanted, exact = nearest(queries, gallery, 10)
     similarities, positions = nearest_by_index(index, queries, gallery, 10)
+    assert (positions[:, :, None] == exact[:, None]).any(1).float().mean() > 0.95
     same = positions == exact
-    assert same.float().mean() > 0.9
+    assert same.any(dim=0).all()
     torch.testing.assert_close(similarities[same], wanted[same], atol=1e-6, rtol=0)  # compared exactly
     assert (similarities.diff(dim=1) <= 0).all()
 

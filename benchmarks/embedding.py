@@ -1,0 +1,72 @@
+"""Embedding image files into shards, as tools.embed does, against the bare forward pass.
+
+    python -m benchmarks.embedding
+
+The bare forward pass runs as often on one batch that lies ready on the device: same network, precision and
+batch. What was written is compared with images embedded one by one.
+"""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from augmentation import normalize
+from benchmarks.preprocessing import draw_jpegs
+from benchmarks.timing import compare, wait_for
+from devices import autocast_dtype
+from model import TwoStreamResNet, extract_features
+from results.embeddings import Embedder, Found, embed_files
+from results.shards import Shard, shards_of
+from tools.embed import embed_into
+
+WORKERS = min(8, os.cpu_count() or 1)
+
+
+def run(device: str = "cpu", quick: bool = False) -> list[dict]:
+    """Return one row: dicts with work, baseline_s, ours_s, ratio, bound, note."""
+    arch, height, width, batch = ("resnet18", 64, 32, 8) if quick else ("resnet50", 384, 128, 64)
+    batches, repeats = (2, 1) if quick else (64, 3) if device == "cuda" else (2, 3)
+    embedder = Embedder(TwoStreamResNet(arch).eval(), height, width)
+    embedder.to(device, memory_format=torch.channels_last)
+    dtype = autocast_dtype("auto", torch.device(device))
+    with tempfile.TemporaryDirectory() as name:
+        folder, count = Path(name), batch * batches
+        paths = draw_jpegs(folder, count)
+        pixels = torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8)
+        ready = normalize(pixels.to(device))
+
+        def bare() -> None:
+            extract_features(embedder.network, [ready] * batches, "visible", dtype)
+            wait_for(device)
+
+        def embed() -> Shard:
+            parts = embed_files(embedder, paths, "visible", batch, WORKERS, dtype)
+            with contextlib.closing(parts), tqdm(disable=True) as bar:
+                assert embed_into(folder, 0, Found(paths), range(count), parts, bar) == 0
+            return shards_of(folder)[-1]
+
+        shard = embed()
+        first, wanted = shard.features(embedder.network.dim)[:4], embedder(paths[:4], "visible")
+        assert [record["path"] for record in shard.records()] == paths
+        assert ((np.asarray(first, np.float32) * wanted.cpu().numpy()).sum(1) > 0.999).all()
+        bare_s, ours_s = compare(bare, embed, repeats)
+    return [
+        {
+            "work": f"embedding JPEGs into shards, {height}x{width}, {arch}, batches of {batch}",
+            "baseline_s": bare_s,
+            "ours_s": ours_s,
+            "ratio": bare_s / ours_s,
+            "bound": 0.9,
+            "note": f"{count / ours_s:.1f} images/s, the bare forward pass {count / bare_s:.1f}",
+        }
+    ]
+
+
+if __name__ == "__main__":
+    for row in run():
+        print(row)
