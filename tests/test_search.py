@@ -1,15 +1,20 @@
 """tools.search: the nearest rows, exact or through an index, of the gallery that the same checkpoint made."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import draw_images, random_checkpoint, run_script
+from conftest import ENVIRONMENT, REPOSITORY, draw_images, random_checkpoint, run_script
 
 from checkpoints import fingerprint, load_checkpoint
 from results import search as library
+from results.embeddings import open_embedder
 from results.search import nearest, nearest_by_index, open_index
 from results.shards import Embeddings, Manifest, Shard, shards_of, write_manifest, write_shard
 from tools import search
@@ -249,3 +254,30 @@ def test_without_faiss_one_line_says_what_to_install(run, made_by, tmp_path, mon
     with pytest.raises(UserError, match="--index needs FAISS: pip install faiss-cpu"):
         run(query, "--index")
     assert len(shards_of(tmp_path / "gallery")) == 1
+
+
+# In a store
+
+
+def test_the_document_s_store_finds_what_exact_search_finds(checkpoint, tmp_path):
+    pytest.importorskip("lancedb", reason="the store is not installed: pip install lancedb")
+    write_embeddings(tmp_path / "gallery", [300, 200])
+    drop(tmp_path / "gallery", 1, {0, 7})
+    shutil.copy(checkpoint, tmp_path / "RUN_best.t")
+    (query,) = draw_images(tmp_path / "in", 1)
+    shutil.copy(query, tmp_path / "night.png")
+    page = (REPOSITORY / "docs" / "scale.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "lancedb" in block]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | ENVIRONMENT,
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    gallery = Embeddings(tmp_path / "gallery")
+    embedder, _ = open_embedder(checkpoint)
+    similarities, positions = nearest(embedder([query], "infrared"), gallery, 10)
+    wanted = gallery.records(positions[0].numpy())
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[1:] for line in lines] == [[image["path"], image["known"]["pid"]] for image in wanted]
+    found = torch.tensor([float(line[0]) for line in lines])
+    torch.testing.assert_close(found, similarities[0], atol=2e-4, rtol=0)
