@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,19 +78,22 @@ def cmc(curves: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Fi
 
     curves: {protocol: {label: (mean (R,), deviation over trials (R,)), in [0, 1]}}.
     """
-    figure, axes = _panels(1, len(curves), 5.2 * len(curves), 3.4)
+    figure, axes = _panels(1, len(curves), 5.2 * len(curves), 3.6)
     for axis, (protocol, lines) in zip(axes[0], curves.items(), strict=True):
         for k, (label, (mean, deviation)) in enumerate(lines.items()):
             ranks, style = np.arange(1, len(mean) + 1), k % len(COLORS)
+            name = textwrap.fill(f"{label}: rank-1 {100 * mean[0]:.2f} %", 36)
             axis.fill_between(
                 ranks, 100 * (mean - deviation), 100 * (mean + deviation),
                 color=COLORS[style], alpha=0.18, linewidth=0,
             )  # fmt: skip
             axis.plot(
                 ranks, 100 * mean, color=COLORS[style], linestyle=DASHES[style], marker=MARKS[style],
-                markevery=(k % 5, 5), markersize=4, label=f"{label}: rank-1 {100 * mean[0]:.2f} %",
+                markevery=(k % 5, 5), markersize=4, label=name,
             )  # fmt: skip
         axis.set(title=protocol, xlabel="rank", ylabel="matching rate (%)", xlim=(0.5, len(ranks) + 0.5))
+        low = min(0.9, *(mean[0] for mean, _ in lines.values()))
+        axis.set_ylim(100 * max(0, low - 0.45 * (1 - low)), 101)  # room for the legend
         axis.set_xticks([1, *range(5, len(ranks) + 1, 5)])
         axis.legend(loc="lower right")
     return figure

@@ -155,10 +155,10 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
 
 
 def selection(each: Evaluated) -> str:
-    """Which epoch a checkpoint is of, and how it was chosen."""
+    """Where a checkpoint is, which epoch it is of, and how that was chosen."""
     epochs = f" of {each.saved['epochs']}" if "epochs" in each.saved else ""
     chosen = each.checkpoint.get("selection", "how it was chosen is unknown")
-    return f"epoch {each.checkpoint.get('epoch', 'unknown')}{epochs}; {chosen}"
+    return f"{each.path}, epoch {each.checkpoint.get('epoch', 'unknown')}{epochs}; {chosen}"
 
 
 def result_rows(findings: Findings) -> list[dict]:
@@ -174,8 +174,8 @@ def result_rows(findings: Findings) -> list[dict]:
                 mean, deviation = summarize(metrics)
                 rows.append(
                     {
-                        "label": findings.label(each, rerank),
-                        "protocol": protocol.row,
+                        "label": each.label,
+                        "protocol": protocol.row + (f", {rerank} re-ranking" if rerank else ""),
                         "cells": list(zip(per_cent(mean), per_cent(deviation), strict=True)),
                         "queries": len(query),
                         "matched": matched,

@@ -114,7 +114,9 @@ def labels(paths: list[Path]) -> list[str]:
         while len(words) > 1 and min(map(len, words)) > 1 and len({those[end] for those in words}) == 1:
             for those in words:
                 del those[end]
-    return ["_".join(those) for those in words]
+    names = ["_".join(those) for those in words]
+    short = [name if len(name) <= 34 else f"{name[:24]}…{name[-9:]}" for name in names]
+    return short if len(set(short)) == len(names) else names
 
 
 def evaluate(
