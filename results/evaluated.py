@@ -8,16 +8,17 @@ import numpy as np
 import torch
 
 from augmentation import normalize
-from data_manager import CAPTURED, Samples
+from data_manager import Samples
 from eval_metrics import Metrics
 from evaluation import Evaluation, Features, Protocol
 from images import read_image
 from model import TwoStreamResNet
 from reranking import k_reciprocal
+from results.figures import overlay
 from results.learning import Log
-from results.pictures import activation_maps, embed, overlay
 from results.rankings import Ranked, camera_pairs, rank_queries
-from results.similarity import Similarities, sample_similarities
+from results.similarity import Similarities, images_of, sample_similarities
+from results.views import activation_maps, embed
 
 Picture = tuple[np.ndarray, str, str]  # an image, its kind and its caption, as figures.images has them
 
@@ -74,15 +75,7 @@ class Evaluated:
 
     def images(self) -> dict[str, Samples]:
         """Every image that the features are of, each once, by modality."""
-        merged = {}
-        for modality in CAPTURED:
-            known = {}
-            for samples in self.evaluation.all_samples(None if self.shared else self.trial):
-                if samples.modality == modality:
-                    known |= zip(samples.paths, zip(samples.pids, samples.camids, strict=True), strict=True)
-            ids = np.array(list(known.values()), dtype=np.int64).reshape(-1, 2)
-            merged[modality] = Samples(list(known), ids[:, 0], ids[:, 1], modality)
-        return merged
+        return images_of(self.evaluation, None if self.shared else self.trial)
 
     def similarities(self) -> dict[str, Similarities]:
         """Those of similarity.sample_similarities over all images."""

@@ -224,6 +224,14 @@ def images(rows: Sequence[Sequence[tuple[np.ndarray, str, str]]], heading: Seque
     return figure
 
 
+def overlay(image: np.ndarray, activation: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) uint8 in grey with an activation map (H, W) in [0, 1] over it."""
+    grey = image.mean(axis=2, keepdims=True)
+    heat = 255 * matplotlib.colormaps["inferno"](activation)[..., :3]
+    weight = 0.25 + 0.5 * activation[..., None]
+    return ((1 - weight) * grey + weight * heat).round().astype(np.uint8)
+
+
 @in_style
 def curves(runs: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
     """Learning curves: a panel for each quantity, a line for each run.

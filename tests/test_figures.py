@@ -11,12 +11,20 @@ from PIL import Image
 
 from augmentation import normalize
 from eval_metrics import eval_llcm, eval_regdb, eval_sysu
+from evaluation import Evaluation, Protocol
 from model import TwoStreamResNet
 from results import figures, rankings, sprites
+from results.events import add_batch, add_similarities, augmentation_grid
 from results.learning import log_file, read_log
-from results.pictures import activation_maps, augmentation_grid, embed, overlay
 from results.rankings import camera_pairs, choose_queries, ignored_pairs, rank_queries
-from results.similarity import Similarities, equal_error_rate, overlap, sample_similarities
+from results.similarity import (
+    Similarities,
+    equal_error_rate,
+    images_of,
+    overlap,
+    sample_similarities,
+)
+from results.views import activation_maps, embed
 from utils import UserError
 
 
@@ -170,6 +178,46 @@ def test_the_grid_undoes_the_normalisation():
     assert grid[:, 0].min() == 255  # a white line
 
 
+class Writer:
+    """Notes what a SummaryWriter is asked for."""
+
+    def __init__(self):
+        self.added = {}
+
+    def __getattr__(self, method):
+        def add(name, value, epoch):
+            self.added[name] = (method, value, epoch)
+
+        return add
+
+
+def test_what_tensorboard_gets(sysu):
+    writer = Writer()
+    add_batch(writer, {m: torch.zeros(2, 3, 8, 4) for m in ("visible", "aux", "infrared")}, 0)
+    ((method, grid, epoch),) = writer.added.values()
+    assert (method, tuple(grid.shape), epoch) == ("add_image", (3, 30, 12), 0)
+
+    evaluation = Evaluation(sysu, [Protocol("sysu", "all")], range(10), 32, 16)
+    images = images_of(evaluation)
+    assert {m: samples.paths for m, samples in images.items()} == {
+        m: list(r) for m, r in evaluation.rows.items()
+    }
+    pids = np.unique(images["visible"].pids)
+    features = {  # one-hot in the identity, in the order of the rows
+        m: torch.eye(len(pids))[np.searchsorted(pids, samples.pids)] for m, samples in images.items()
+    }
+    writer = Writer()
+    add_similarities(writer, features, evaluation, 3)
+    assert len(writer.added) == 3 * 4
+    for name, (method, value, epoch) in writer.added.items():
+        assert epoch == 3
+        if name.startswith("similarity"):
+            assert method == "add_histogram"
+            assert set(value.tolist()) == {1.0 if "within" in name else 0.0}
+        else:
+            assert (method, value) == ("add_scalar", 0)
+
+
 @pytest.mark.parametrize("stem", ["shared", "two-stream"])
 def test_activation_maps_are_of_each_image(stem):
     torch.manual_seed(0)
@@ -180,7 +228,7 @@ def test_activation_maps_are_of_each_image(stem):
     np.testing.assert_allclose([[m.min(), m.max()] for m in maps], [[0, 1], [0, 1]], atol=1e-6)
     np.testing.assert_allclose(activation_maps(model, images[1:], "infrared")[0], maps[1], atol=1e-4)
     assert not model.layer4._forward_hooks  # nothing stays behind
-    assert overlay(np.zeros((64, 32, 3), np.uint8), maps[0]).max() > 100
+    assert figures.overlay(np.zeros((64, 32, 3), np.uint8), maps[0]).max() > 100
 
 
 def test_the_embedding_falls_back_on_principal_components(monkeypatch, rng):
