@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -11,9 +12,20 @@ import torch
 from conftest import ENVIRONMENT, REPOSITORY, run_script, tiny_flags
 from PIL import Image
 
+import synthetic
 import train
 from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import train_samples
+from eval_metrics import Metrics
+from runs import Run
+from tests.plain_training import (
+    PlainTraining,
+    assert_state,
+    plain_means,
+    start_training,
+    tables,
+)
+from train import evaluate_if_due, fit, learning_rate, rebuild_memory, train_one_epoch
 from training import open_run, parse_args
 
 TERMS = ("shared", "visible", "infrared", "aux", "align", "center")
@@ -27,6 +39,198 @@ def files(folder):
 def only(folder, pattern):
     [path] = folder.glob(pattern)
     return path
+
+
+# The step and the epoch: what they do to weights, statistics and memory (tests/defects.py tries these tests)
+
+
+def state(training):
+    """The network's weights and statistics, and the memory's tables, as they are now."""
+    return deepcopy(dict(training.model.state_dict())) | tables(training.bank)
+
+
+@pytest.mark.parametrize("proxies", ["historical", "updated", "both"])
+def test_steps_do_what_the_method_says(sysu, proxies):
+    training = start_training(sysu, "--proxies", proxies)
+    rebuild_memory(training, 0)
+    begin, plain = state(training), PlainTraining(training)
+    batches = list(training.loader.epoch(0))[:3]
+    losses = train_one_epoch(training, iter(batches), 0)
+    expected = torch.cat([plain.step([batch], training.args.lr) for batch in batches])
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
+    assert_state(state(training), plain.models[0].state_dict() | tables(plain.bank), begin)
+
+
+def test_visible_and_aux_images_go_through_one_stem_and_infrared_through_the_other(sysu):
+    training = start_training(sysu)
+    convolutions = {}
+    for name, stem in training.model.stems.items():
+        stem[1].momentum = 1.0  # running statistics are the last batch's
+        convolutions[name] = deepcopy(stem[0])
+    size = (4, 3, 32, 16)
+    images = {
+        "visible": torch.full(size, 1.0),
+        "aux": torch.full(size, 3.0),
+        "infrared": torch.full(size, -2.0),
+    }
+    train_one_epoch(training, iter([(images, torch.tensor([0, 0, 1, 1]))]), 0)
+    for name, modalities in {"visible": ("visible", "aux"), "infrared": ("infrared",)}.items():
+        maps = convolutions[name](torch.cat([images[modality] for modality in modalities]))
+        found = training.model.stems[name][1].running_mean
+        torch.testing.assert_close(found, maps.mean((0, 2, 3)).detach(), rtol=1e-4, atol=1e-5)
+    batch_norms = [
+        m for m in training.model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)
+    ]
+    assert {int(norm.num_batches_tracked) for norm in batch_norms} == {1}  # one pass through everything
+
+
+def test_a_step_in_a_scaled_loss_is_the_same_step(sysu):
+    begin, steps = {}, []
+    for scaler in (torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu", init_scale=512.0)):
+        training = start_training(sysu)
+        training.scaler = scaler  # as float16 on a GPU has it
+        rebuild_memory(training, 0)
+        begin = state(training)
+        train_one_epoch(training, iter(list(training.loader.epoch(0))[:2]), 0)
+        steps.append(state(training))
+    assert_state(*steps, begin)
+
+
+def test_a_step_that_overflows_changes_no_weight_and_halves_the_scale(sysu):
+    training = start_training(sysu)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    rebuild_memory(training, 0)
+    begin = deepcopy(dict(training.model.named_parameters()))
+    train_one_epoch(training, iter([next(training.loader.epoch(0))]), 0)
+    assert training.scaler.get_scale() == 2.0**126
+    for name, weight in training.model.named_parameters():
+        assert torch.equal(weight, begin[name]), name
+
+
+def test_amp_is_the_precision_of_steps_and_of_the_memory(sysu):
+    training = start_training(sysu, "--amp", "bf16")
+    seen = []
+    training.model.layer1.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    rebuild_memory(training, 0)
+    train_one_epoch(training, iter([next(training.loader.epoch(0))]), 0)
+    assert len(seen) > 1
+    assert set(seen) == {torch.bfloat16}
+    assert all(table.dtype == torch.float32 for table in tables(training.bank).values())
+
+
+def test_the_memory_is_rebuilt_from_class_means_of_features_as_in_evaluation(sysu):
+    training = start_training(sysu, "--test-batch", 7)
+    train_one_epoch(
+        training, iter([next(training.loader.epoch(0))]), 0
+    )  # statistics of its own, training mode
+    begin = deepcopy(training.model.state_dict())
+    rebuild_memory(training, 3)
+    assert all(torch.equal(value, begin[name]) for name, value in training.model.state_dict().items())
+    means = plain_means(training, training.model, 3)
+    expected = {modality: own / own.norm(dim=1, keepdim=True) for modality, own in means.items()}
+    expected["shared"] = sum(expected.values()) / 3
+    for name, table in tables(training.bank).items():
+        torch.testing.assert_close(table, expected[name.split(".")[0]], rtol=1e-4, atol=1e-5, msg=name)
+
+
+class KeptRun(Run):
+    """A run that keeps in memory what it is told to save."""
+
+    def __init__(self, folder, training):
+        super().__init__("kept", "sysu", folder / "save_model", folder / "log")
+        self.training, self.saved, self.chosen = training, {}, []
+
+    def save(self, checkpoint, is_best=False, selection=""):
+        self.saved[checkpoint["epoch"]] = deepcopy(checkpoint) | tables(self.training.bank)
+        self.chosen += [checkpoint["epoch"]] if is_best else []
+
+
+@pytest.fixture(scope="module")
+def epochs(sysu, tmp_path_factory):
+    """Five epochs of one step each: the training, and {epoch: what was saved after it}, from 0 on."""
+    schedule = ["--epochs", 5, "--warmup-epochs", 2, "--decay-epochs", 2, 4]
+    training = start_training(sysu, "--batch-size", 8, "--num-pos", 8, "--select", "last", *schedule)
+    assert len(training.loader.batches) == 1
+    run = KeptRun(tmp_path_factory.mktemp("kept"), training)
+    run.save(training.state())
+    fit(training, run)
+    return training, run.saved
+
+
+def test_each_epoch_steps_with_its_own_rate(epochs):
+    training, saved = epochs
+    args, rates = training.args, []
+    for epoch in range(1, 6):
+        before, after = saved[epoch - 1]["net"], saved[epoch]["net"]
+        names = [name for name, parameter in training.model.named_parameters() if parameter.requires_grad]
+        moved, directions = [], []
+        states = saved[epoch]["optimizer"]["state"]
+        places = {name: k for k, (name, _) in enumerate(training.model.named_parameters())}
+        for name in names:
+            adam = states[places[name]]
+            assert adam["step"] == epoch
+            mean, square = adam["exp_avg"] / (1 - 0.9**epoch), adam["exp_avg_sq"] / (1 - 0.999**epoch)
+            directions.append((mean / (square.sqrt() + 1e-8)).double().flatten())
+            moved.append((before[name].double() - after[name].double()).flatten())
+        moved, directions = torch.cat(moved), torch.cat(directions)
+        rates.append(float(moved @ directions / (directions @ directions)))
+    expected = [learning_rate(epoch, args.lr, 2, (2, 4)) for epoch in range(5)]
+    assert expected == pytest.approx([3.5e-4 * factor for factor in (0.5, 1, 1, 0.1, 0.01)])
+    assert rates == pytest.approx(expected, rel=1e-2)
+
+
+def test_each_epoch_begins_with_a_memory_of_the_network_as_it_is(epochs):
+    training, saved = epochs
+    model = deepcopy(training.model)
+    for epoch in range(5):
+        model.load_state_dict(saved[epoch]["net"])
+        means = plain_means(training, model, epoch)
+        for modality, own in means.items():
+            centers = saved[epoch + 1][f"{modality}.centers"]
+            torch.testing.assert_close(centers, own / own.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+def test_the_best_epoch_has_the_highest_map_and_is_the_first_of_equal_ones(sysu, tmp_path, monkeypatch):
+    training = start_training(sysu, "--epochs", 5, "--eval-start", 0, "--eval-every", 1)
+    run, maps = KeptRun(tmp_path, training), [0.3, 0.5, 0.5, 0.4, 0.5]
+    monkeypatch.setattr(train, "evaluate", lambda _: Metrics(np.full(20, 0.6), maps[training.epoch - 1], 0.2))
+    for epoch in range(1, 6):
+        training.epoch = epoch
+        evaluate_if_due(training, run, None)
+    assert run.chosen == [1, 2]
+    assert training.best == {"epoch": 2, "rank1": 0.6, "mAP": 0.5, "mINP": 0.2}
+
+
+BORDERS = {  # grey value of what a crop reaches into: docs/method.md, section 3
+    "sysu": {"visible": 0, "infrared": 0, "aux": 0},
+    "regdb": {"visible": 127, "infrared": 127, "aux": 0},
+    "llcm": {"visible": 0, "infrared": 0, "aux": 0},
+}
+
+
+@pytest.mark.parametrize("dataset", BORDERS)
+def test_each_dataset_is_augmented_by_its_recipe(dataset, sysu, tmp_path):
+    root = sysu
+    if dataset != "sysu":
+        root = tmp_path / dataset
+        synthetic.draw_dataset(synthetic.PLANS[dataset](4, 2, 2, 0), root, 0, height=32, width=16)
+    training = start_training(root, "--dataset", dataset)
+    loader, colour = training.loader, np.array([40, 110, 220], np.uint8)
+    loader.images = {modality: np.full_like(own, colour) for modality, own in loader.images.items()}
+    batches = [images for epoch in range(4) for images, _ in loader.epoch(epoch)]
+    for modality, border in BORDERS[dataset].items():
+        images = torch.cat([own[modality] for own in batches])  # (n, 3, H, W)
+
+        def share(grey, images=images):
+            """Of pixels that were this grey and are normalised, by whichever channel's constants."""
+            normal = (grey / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+            return sum((images[:, 0] - value).abs() < 1e-5 for value in normal).float().mean()
+
+        assert share(border) > 0.05, modality
+        assert share(127 - border) == 0, modality
+        one_channel = (images.amax(1) - images.amin(1)).amax((1, 2)) < 1e-5
+        expected = {"visible": 0, "infrared": 0 if dataset == "regdb" else 7 / 8, "aux": 1}[modality]
+        assert one_channel.float().mean() == pytest.approx(expected, abs=0.15 * (0 < expected < 1)), modality
 
 
 # What the command line means
