@@ -1,0 +1,309 @@
+"""Defects of training, put in one at a time: which test notices each?
+
+    python -m tests.defects [--only WORD ...]
+
+Each defect replaces lines of the source in a copy of the repository, whose tests then run until one fails.
+Prints a table; exits with 1 if a defect was not noticed. For use by hand, before a release and whenever the
+step changes: it takes some minutes. Lines that are no longer in the source are an error: write them anew.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch  # noqa: F401  imported once, for all the children
+import torchvision  # noqa: F401
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 120  # seconds that the tests of one defect may take
+
+# A file, the tests to run, and defects: lines of the file (-) and what stands there instead (+).
+DEFECTS = """
+== train.py, test_train.py
+
+the bank is never updated
+- bank.update(features, labels)
+
+the bank is updated before the loss
+- total, terms = mce_loss(features, labels, bank, proxies=training.args.proxies)
++ bank.update(features, labels)
++ total, terms = mce_loss(features, labels, bank, proxies=training.args.proxies)
+
+the bank learns from the network after the step
+- scaler.update()
++ scaler.update()
++ after = network(torch.cat([images["visible"], images["aux"]]), images["infrared"])
++ visible, aux, infrared = F.normalize(after).chunk(3)
++ bank.update({"visible": visible, "infrared": infrared, "aux": aux}, labels)
+
+the rate is logged but not applied
+- group["lr"] = rate
++ pass
+
+the rate is one epoch ahead
+- rate = learning_rate(epoch, args.lr, args.warmup_epochs, args.decay_epochs)
++ rate = learning_rate(epoch + 1, args.lr, args.warmup_epochs, args.decay_epochs)
+
+steps in evaluation mode
+- network.train()
++ network.eval()
+
+aux images take the infrared stem
+- outputs = network(torch.cat([images["visible"], images["aux"]]), images["infrared"])  # (3n, D)
++ outputs = network(images["visible"], torch.cat([images["aux"], images["infrared"]]))
+
+each modality passes through the network alone
+- outputs = network(torch.cat([images["visible"], images["aux"]]), images["infrared"])  # (3n, D)
++ outputs = torch.cat(
++     [network(images["visible"]), network(images["aux"]), network(infrared=images["infrared"])]
++ )
+
+visible and infrared features change places
+- visible, aux, infrared = F.normalize(outputs.float()).chunk(3)  # (n, D) each, unit norm
++ infrared, aux, visible = F.normalize(outputs.float()).chunk(3)
+
+features are not normalised
+- visible, aux, infrared = F.normalize(outputs.float()).chunk(3)  # (n, D) each, unit norm
++ visible, aux, infrared = outputs.float().chunk(3)
+
+--proxies is ignored
+- total, terms = mce_loss(features, labels, bank, proxies=training.args.proxies)
++ total, terms = mce_loss(features, labels, bank)
+
+--amp is ignored in steps
+- with torch.autocast(device.type, dtype, enabled=dtype is not None):
++ with torch.autocast(device.type, dtype, enabled=False):
+
+gradients add up over steps
+- optimizer.zero_grad(set_to_none=True)
+
+no weight changes
+- scaler.step(optimizer)
+
+the loss is not scaled
+- scaler.scale(total).backward()
++ total.backward()
+
+the scale is never updated
+- scaler.update()
+
+the memory is rebuilt in training mode
+- training.model.eval()
+- means = {}
++ means = {}
+
+the memory is rebuilt in a process's first epoch only
+- rebuild_memory(training, epoch)
++ if epoch == 0:
++     rebuild_memory(training, epoch)
+
+the memory forgets the last batch of a modality
+- counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
++ if len(labels) == test_batch:
++     counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
+
+the later of equal epochs is the best
+- args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
++ args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP >= training.best["mAP"])
+
+every epoch is the best
+- args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
++ args.select != "last" and epoch > 0
+
+== training.py, test_train.py
+
+no weight decay
+- optimizer=torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=True),
++ optimizer=torch.optim.Adam(model.parameters(), args.lr, fused=True),
+
+weight decay that bypasses Adam's moments
+- optimizer=torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=True),
++ optimizer=torch.optim.AdamW(model.parameters(), args.lr, weight_decay=5e-4, fused=True),
+
+RegDB is augmented with SYSU-MM01's recipe
+- recipe = DATASETS[args.dataset].recipe
++ recipe = "sysu"
+
+== data_loader.py, test_train.py
+
+the aux table is of visible images
+- channels = generator(self.seed, epoch, "memory").integers(3, size=len(labels))
++ channels = None
+
+aux images are augmented as visible ones
+- draws = draw_augmentation(rng, len(labels), *size, modality, self.recipe, self.pad)
++ draws = draw_augmentation(rng, len(labels), *size, "visible", self.recipe, self.pad)
+
+== loss.py, test_train.py
+
+a term has another weight
+- WEIGHTS = {"shared": 1.0, "visible": 1.0, "infrared": 1.0, "aux": 0.4, "align": 1.2, "center": 1.0}
++ WEIGHTS = {"shared": 1.0, "visible": 1.0, "infrared": 1.0, "aux": 0.4, "align": 1.0, "center": 1.0}
+
+== memory.py, test_train.py
+
+a table learns too slowly
+- momentum: float = 0.25,
++ momentum: float = 0.75,
+
+the shared table learns from visible features only
+- self.shared.update(torch.cat([features[modality] for modality in MODALITIES]), labels.repeat(3))
++ self.shared.update(features["visible"], labels)
+
+== train.py, test_processes.py
+
+a process's bank learns from its own features
+- if processes.world_size > 1:
++ if False:
+
+the bank takes one process's labels for all
+- labels = processes.all_gather(labels)
++ labels = labels.repeat(processes.world_size)
+
+running statistics stay each process's own
+- processes.broadcast(training.model.buffers())
+
+a process's memory is of its own images
+- means[modality] = processes.all_reduce(sums) / processes.all_reduce(counts)
++ means[modality] = sums / counts.clamp(min=1)
+
+== training.py, test_processes.py
+
+gradients are each process's own
+- if processes.world_size > 1:
++ if False:
+
+== devices.py, test_processes.py
+
+a process puts its own features first
+- return gathered.flatten(0, 1)
++ return gathered.roll(self.rank, 0).flatten(0, 1)
+
+== train.py, test_fake_cuda.py
+
+a step looks at its loss
+- history.append(torch.stack([total, *(terms[name] for name in TERMS)]).detach())
++ history.append(torch.stack([total, *(terms[name] for name in TERMS)]).detach())
++ if total.item() > 1e6:
++     break
+
+a step copies its losses to the host
+- history.append(torch.stack([total, *(terms[name] for name in TERMS)]).detach())
++ history.append(torch.stack([total, *(terms[name] for name in TERMS)]).detach().cpu())
+
+the memory's sums are on the host
+- counts = sums.new_zeros(len(sums), 1)
++ counts = torch.zeros(len(sums), 1)
+
+== training.py, test_fake_cuda.py
+
+the bank is on the host
+- bank=MemoryBank(loader.batches.classes, model.dim, device=device),
++ bank=MemoryBank(loader.batches.classes, model.dim),
+
+== data_loader.py, test_fake_cuda.py
+
+a step waits for its labels' way to the GPU
+- yield images, labels.to(self.device, non_blocking=True)
++ yield images, labels.to(self.device)
+
+== loss.py, test_fake_cuda.py
+
+the loss leaves out classes by a mask
+- columns = centers.index_select(0, labels)  # (m, D): row j is the centre of labels[j]
++ columns = centers[labels][labels >= 0]
+
+== memory.py, test_fake_cuda.py
+
+the update counts on the host
+- first = same.int().argmax(1)
++ first = torch.arange(len(labels))
+
+== augmentation.py, test_fake_cuda.py
+
+augmentation makes its rows on the host
+- y = torch.arange(height, device=device)
++ y = torch.arange(height)
+"""
+
+
+def parse(text: str) -> Iterator[tuple[str, str, str, list[str], list[str]]]:
+    """Yield (name, file, tests, lines, lines instead) of every defect in a text like DEFECTS."""
+    file = tests = ""
+    for block in text.strip().split("\n\n"):
+        name, *lines = block.splitlines()
+        if name.startswith("== "):
+            file, tests = name.removeprefix("== ").split(", ")
+        else:
+            old, new = ([line[2:] for line in lines if line[0] == sign] for sign in "-+")
+            yield name, file, tests, old, new
+
+
+def put_in(path: Path, old: list[str], new: list[str]) -> None:
+    """Replace lines of a file, whatever their indentation; ValueError unless it has them exactly once."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    bare = [line.strip() for line in lines]
+    places = [k for k in range(len(lines)) if bare[k : k + len(old)] == old]
+    if len(places) != 1:
+        raise ValueError(f"{path.name} has {len(places)} times the lines {old}")
+    [k] = places
+    indentation = lines[k][: len(lines[k]) - len(bare[k])]
+    lines[k : k + len(old)] = [indentation + line for line in new]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def first_failure(folder: Path, tests: str) -> str | None:
+    """The test of a file that fails first in a copy of the repository; None: all pass."""
+    failures = multiprocessing.SimpleQueue()
+
+    class Reporter:
+        def pytest_runtest_logreport(self, report):
+            if report.failed:
+                failures.put(report.nodeid.removeprefix("tests/"))
+
+    def run():
+        os.chdir(folder)
+        sys.path = [str(folder), *(path for path in sys.path if Path(path) not in (Path(), ROOT))]
+        sys.modules.pop("tests")  # the original's
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", f"tests/{tests}"], [Reporter()])
+
+    child = multiprocessing.get_context("fork").Process(target=run)  # with torch and pytest imported
+    child.start()
+    child.join(LIMIT)
+    if child.is_alive():
+        child.terminate()
+        return f"{tests}: not done after {LIMIT} s"
+    return None if failures.empty() else failures.get()
+
+
+def main() -> int:
+    """Try the defects; the exit status."""
+    parser = argparse.ArgumentParser(description="Which test notices which defect?")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="defects with one of these words")
+    only = parser.parse_args().only
+    chosen = [own for own in parse(DEFECTS) if only is None or any(word in own[0] for word in only)]
+    noticed = 0
+    for name, file, tests, old, new in chosen:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary, "repository")
+            left_out = shutil.ignore_patterns(".git", "__pycache__", "data", "demo", "*.t")
+            shutil.copytree(ROOT, folder, ignore=left_out)
+            put_in(folder / file, old, new)
+            test = first_failure(folder, tests)
+        noticed += test is not None
+        print(f"{name:56} {test or 'NOT NOTICED'}", flush=True)
+    print(f"{noticed} of {len(chosen)} defects noticed")
+    return 0 if noticed == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
