@@ -13,7 +13,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torchvision
 from filelock import FileLock, Timeout
 
 from checkpoints import load_checkpoint, save_checkpoint
-from utils import UserError, log
+from utils import UserError, log, refuse_unwritable
 
 # Settings that may differ between the parts of one run; every other one is fixed by its checkpoint.
 MAY_CHANGE = {
@@ -78,12 +77,7 @@ class Run:
     def refuse_unwritable(self) -> None:
         """UserError naming a folder that files cannot be written in; leaves nothing behind."""
         for folder in (self.last.parent, self.log.parent, self.events.parent):
-            try:
-                existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-                with tempfile.TemporaryFile(dir=existing) as probe:
-                    probe.write(b"can this be written?")
-            except OSError as error:
-                raise UserError(f"cannot write in {folder}: {error.strerror or error}") from error
+            refuse_unwritable(folder)
 
     def acquire(self) -> None:
         """Take the run's lock, which ends with this process however it ends; UserError if another has it."""

@@ -49,6 +49,17 @@ def log_to_terminal(quiet: bool = False, stream: TextIO | None = None) -> None:
     log.propagate = False
 
 
+def refuse_unwritable(folder: str | os.PathLike) -> None:
+    """UserError, before long work, for a folder that files cannot be written in; leaves nothing behind."""
+    folder = Path(folder)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(b"can this be written?")
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror or error}") from error
+
+
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary name beside path; on success flush it to disk and rename it, else remove it.

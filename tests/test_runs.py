@@ -24,7 +24,9 @@ OTHER = {
     "num_pos": 1, "pad": 2, "proxies": "both", "seed": 5, "deterministic": True, "compile": True,
     "mode": "indoor", "select": "val", "eval_start": 0, "eval_every": 1, "model_path": "models",
     "log_path": "logs", "name": "mine", "resume": "auto", "overwrite": True, "check": True,
-    "pixel_range": [0.0, 9.0], "test_identities": 3,
+    "pixel_range": [0.0, 9.0], "test_identities": 3, "loss": "hard-triplet", "loss_weights": ["aux=0"],
+    "temperature": 0.1, "momentum": 0.5, "shared_momentum": 0.2, "update": "mean", "margin": 0.1,
+    "no_aux": True,
 }  # fmt: skip
 
 
