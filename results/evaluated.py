@@ -19,6 +19,7 @@ from results.learning import Log
 from results.rankings import Ranked, camera_pairs, rank_queries
 from results.similarity import Similarities, images_of, sample_similarities
 from results.views import activation_maps, embed
+from utils import UserError
 
 Picture = tuple[np.ndarray, str, str]  # an image, its kind and its caption, as figures.images has them
 
@@ -58,7 +59,7 @@ class Evaluated:
         return (k_reciprocal(query, gallery) if rerank else 1 - query @ gallery.T).cpu().numpy()
 
     def ids(self, protocol: Protocol, trial: int) -> tuple:
-        """What rank_queries takes behind the distances: pids, camids and the protocol's name."""
+        """What rank_queries takes behind the distances: pids, camids and whose rules count."""
         query, gallery = self.evaluation.samples[protocol, trial]
         return query.pids, gallery.pids, query.camids, gallery.camids, protocol.rule
 
@@ -149,3 +150,23 @@ class Evaluated:
 def spread(values: np.ndarray, count: int) -> np.ndarray:
     """At most count of values, evenly taken."""
     return values[np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).astype(int))]
+
+
+def labels(paths: list[Path]) -> list[str]:
+    """A name for each checkpoint: what distinguishes its file's name, or its folder's, from the others'.
+
+    UserError if two of paths are the same.
+    """
+    parts = [path.absolute().with_suffix("").parts for path in paths]
+    depths = range(1, min(map(len, parts)) + 1)
+    depth = next((k for k in depths if len({those[-k] for those in parts}) == len(paths)), None)
+    if depth is None:
+        raise UserError("--resume: the same checkpoint twice")
+    words = [those[-depth].split("_") for those in parts]
+    for end in (0, -1):
+        while len(words) > 1 and min(map(len, words)) > 1 and len({those[end] for those in words}) == 1:
+            for those in words:
+                del those[end]
+    names = ["_".join(those) for those in words]
+    short = [name if len(name) <= 34 else f"{name[:24]}…{name[-9:]}" for name in names]
+    return short if len(set(short)) == len(names) else names

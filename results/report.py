@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from data_manager import DATASETS
-from eval_metrics import summarize
+from eval_metrics import matched, summarize
 from evaluation import Protocol
 from images import decode
 from results import figures, sprites
@@ -168,7 +168,8 @@ def result_rows(findings: Findings) -> list[dict]:
         for each in findings.everyone:
             pairs = [both for (p, _), both in each.evaluation.samples.items() if p == protocol]
             query, _ = each.evaluation.samples[protocol, each.trial]
-            matched = int((each.ranked(protocol)[0].first > 0).sum())
+            q_pids, g_pids, q_camids, g_camids, rule = each.ids(protocol, each.trial)
+            counting = int(matched(rule, q_pids, g_pids, q_camids, g_camids).sum())
             for rerank in findings.reranks:
                 metrics = each.results[protocol, rerank]
                 mean, deviation = summarize(metrics)
@@ -178,7 +179,7 @@ def result_rows(findings: Findings) -> list[dict]:
                         "protocol": protocol.row + (f", {rerank} re-ranking" if rerank else ""),
                         "cells": list(zip(per_cent(mean), per_cent(deviation), strict=True)),
                         "queries": len(query),
-                        "matched": matched,
+                        "matched": counting,
                         "gallery": sorted({len(gallery) for _, gallery in pairs}),
                         "identities": len(np.unique(query.pids)),
                         "trials": len(metrics),

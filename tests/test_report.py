@@ -23,6 +23,7 @@ from evaluation import Protocol
 from results import report as results_report
 from results import sprites
 from results.evaluated import Evaluated
+from results.evaluated import labels as labels_of
 from results.report import FIGURES, Findings
 from tools import report
 from utils import UserError
@@ -109,13 +110,15 @@ def test_the_numbers_are_those_of_test_py(page, runs, sysu, tmp_path):
             assert cells[9] == "10"  # trials
 
 
-def test_the_page_says_what_the_numbers_stand_on(page):
+def test_the_page_says_what_the_numbers_stand_on(page, runs):
     text = (page / "index.html").read_text()
     data = data_of(text)
     for row in rows_of(text):
         assert row[8] == str(len(data["lists"][0]["queries"]))
         assert row[10] == str(len({data["pids"][q] for q in data["lists"][0]["queries"]}))
-    assert "the best epoch is chosen on the test split" in text
+    for path in runs:
+        checkpoint = load_checkpoint(path)
+        assert f"epoch {checkpoint['epoch']} of 2; {checkpoint['selection']}" in html.unescape(text)
     assert "python " in text
     assert "torch " + torch.__version__ in text  # of the run, from its log
     assert "--batch-size" in text
@@ -193,7 +196,7 @@ def test_regdb_has_a_model_for_each_trial(report_here, sysu, runs, tmp_path, mon
 
 def test_labels_are_what_distinguishes_the_checkpoints():
     def labels(*paths):
-        return report.labels([Path(path) for path in paths])
+        return labels_of([Path(path) for path in paths])
 
     assert labels("m/a_b_best.t") == ["a_b_best"]
     assert labels("m/sysu_lr1_seed0_best.t", "m/sysu_lr2_seed0_best.t") == ["lr1", "lr2"]
@@ -396,7 +399,7 @@ def test_a_screen_reader_is_told_everything(chromium, page):
 class Everyone:
     """Stands in for an Evaluation: SYSU-MM01's 3,803 queries and 301 gallery images, of 96 ids."""
 
-    height, width, short = 384, 128, ""
+    height, width, pixel_range, short = 384, 128, None, ""
 
     def __init__(self):
         rng = np.random.default_rng(0)
@@ -414,7 +417,7 @@ def large(tmp_path_factory):
     """The page of so many, with thumbnails of drawn people and a camera's noise."""
     patch, rng = pytest.MonkeyPatch(), np.random.default_rng(0)
 
-    def thumbnails(paths, height, width, workers):
+    def thumbnails(paths, height, width, workers, pixel_range):
         smooth = rng.integers(0, 256, (16, height // 8 + 1, width // 8 + 1, 3))
         smooth = smooth.repeat(8, 1).repeat(8, 2)[:, :height, :width]
         for start in range(0, len(paths), 64):

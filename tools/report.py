@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import torch
-from flags import saved_settings
 
 import data_manager
 from checkpoints import load_checkpoint
@@ -22,10 +21,11 @@ from data_manager import DATASETS
 from devices import Processes, autocast_dtype, select_device
 from evaluation import Evaluation, Protocol
 from model import build_model
-from results.evaluated import Evaluated
+from results.evaluated import Evaluated, labels
 from results.learning import log_file, read_log
 from results.report import FIGURES, Findings, write_figures, write_page
-from runs import environment, existing
+from runs import environment
+from training import saved_settings
 from utils import Parser, UserError, data_flags, device_flags, log, log_to_terminal, run_script
 
 
@@ -52,6 +52,9 @@ def get_args_parser() -> Parser:
         "--trial", default="all", metavar="N", help="one trial, or all; rankings: the first (all)"
     )
     what.add_argument("--allow-short", action="store_true", help="take galleries with too few images")
+    what.add_argument(
+        "--ignore-same-camera", action="store_true", help="own images: by LLCM's rules, as test.py has it"
+    )
     what.add_argument(
         "--rerank", choices=("k-reciprocal",), help="show re-ranked results beside the plain ones"
     )
@@ -102,23 +105,6 @@ def trial_files(path: Path, dataset: str, wanted: str, saved: dict[str, object])
     return files
 
 
-def labels(paths: list[Path]) -> list[str]:
-    """A name for each checkpoint: what distinguishes its file's name, or its folder's, from the others'."""
-    parts = [path.absolute().with_suffix("").parts for path in paths]
-    depths = range(1, min(map(len, parts)) + 1)
-    depth = next((k for k in depths if len({those[-k] for those in parts}) == len(paths)), None)
-    if depth is None:
-        raise UserError("--resume: the same checkpoint twice")
-    words = [those[-depth].split("_") for those in parts]
-    for end in (0, -1):
-        while len(words) > 1 and min(map(len, words)) > 1 and len({those[end] for those in words}) == 1:
-            for those in words:
-                del those[end]
-    names = ["_".join(those) for those in words]
-    short = [name if len(name) <= 34 else f"{name[:24]}…{name[-9:]}" for name in names]
-    return short if len(set(short)) == len(names) else names
-
-
 def evaluate(
     args: argparse.Namespace, path: Path, label: str, device: torch.device, expected: str | None
 ) -> Evaluated:
@@ -139,7 +125,12 @@ def evaluate(
     files = trial_files(path, dataset, args.trial, saved)
     modes = args.mode or (["all"] if dataset == "sysu" else list(facts.modes))
     shots = dict.fromkeys(args.shot)
-    protocols = [Protocol(dataset, m, shot, args.galleries) for m in dict.fromkeys(modes) for shot in shots]
+    if args.ignore_same_camera and dataset != "folder":
+        raise UserError(f"--ignore-same-camera: for own images; {facts.title} has a rule of its own")
+    protocols = [
+        Protocol(dataset, mode, shot, args.galleries, ignore_same_camera=args.ignore_same_camera)
+        for mode in dict.fromkeys(modes) for shot in shots
+    ]  # fmt: skip
     height, width = (
         args.img_h or saved.get("img_h", facts.height),
         args.img_w or saved.get("img_w", facts.width),
@@ -176,7 +167,7 @@ def main(args: argparse.Namespace) -> None:
     """Evaluate, then write the page, or the figures that were asked for."""
     log_to_terminal(stream=sys.stderr)
     folder, paths = Path(args.output), list(map(Path, args.resume))
-    nearest = existing(folder)
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         reason = "cannot be written" if nearest.is_dir() else "is a file, and not a folder"
         raise UserError(f"--output {folder}: {nearest} {reason}")
