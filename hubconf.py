@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-dependencies = ["torch", "torchvision", "numpy", "scipy", "PIL"]
+dependencies = ["torch", "torchvision", "numpy", "scipy", "PIL", "filelock", "tqdm"]
 
 ROOT = Path(__file__).resolve().parent
 

@@ -5,7 +5,7 @@ import csv
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -19,10 +19,11 @@ from torch import nn
 from augmentation import normalize, pinned
 from checkpoints import fingerprint, load_checkpoint
 from data_loader import read_ahead
-from data_manager import DATASETS, IMAGE_SUFFIXES
-from flags import saved_settings
-from images import DECODE_PIECE, UnreadableImages, read_image, to_pixels
+from data_manager import DATASETS
+from dataset_files import IMAGE_SUFFIXES
+from images import DECODE_PIECE, PixelRange, UnreadableImages, read_image, to_pixels
 from model import TwoStreamResNet, build_model, extract_features
+from training import saved_settings
 from utils import MODALITIES, UserError
 
 BATCH = 64  # images that an Embedder embeds at a time
@@ -31,13 +32,21 @@ BATCH = 64  # images that an Embedder embeds at a time
 class Embedder(nn.Module):
     """Image files or PIL images to features; `.to("cuda")` moves it as it does any network.
 
-    network: in evaluation mode. height, width: what images are resized to, those it was trained with.
-    fingerprint: of its weights.
+    network: in evaluation mode. height, width, pixel_range: how its training images were read
+    (images.read_image). fingerprint: of its weights.
     """
 
-    def __init__(self, network: TwoStreamResNet, height: int, width: int, fingerprint: str = ""):
+    def __init__(
+        self,
+        network: TwoStreamResNet,
+        height: int,
+        width: int,
+        pixel_range: PixelRange | None = None,
+        fingerprint: str = "",
+    ):
         super().__init__()
-        self.network, self.height, self.width, self.fingerprint = network, height, width, fingerprint
+        self.network, self.height, self.width = network, height, width
+        self.pixel_range, self.fingerprint = pixel_range, fingerprint
 
     def forward(self, images: Sequence[str | os.PathLike | Image.Image], modality: str) -> torch.Tensor:
         """Unit features (N, D) float32, on the network's device, of N image files or PIL images.
@@ -53,15 +62,15 @@ class Embedder(nn.Module):
 
         def batches() -> Iterator[torch.Tensor]:
             for start in range(0, len(images), BATCH):
-                pixels = np.stack([self._pixels(image) for image in images[start : start + BATCH]])
+                pixels = np.stack([self.pixels(image) for image in images[start : start + BATCH]])
                 yield normalize(torch.from_numpy(pixels).to(device))
 
         return extract_features(self.network, batches(), modality)
 
-    def _pixels(self, image: str | os.PathLike | Image.Image) -> np.ndarray:
-        if isinstance(image, Image.Image):
-            return to_pixels(image.copy(), self.height, self.width)
-        return read_image(image, self.height, self.width)
+    def pixels(self, image: str | os.PathLike | Image.Image) -> np.ndarray:
+        """An image file or a PIL image as the network wants it: (height, width, 3) uint8 RGB."""
+        size = self.height, self.width, self.pixel_range
+        return to_pixels(image.copy(), *size) if isinstance(image, Image.Image) else read_image(image, *size)
 
 
 def open_embedder(
@@ -76,7 +85,8 @@ def open_embedder(
     saved = saved_settings(checkpoint, path)
     height = height or saved.get("img_h", DATASETS["sysu"].height)
     width = width or saved.get("img_w", DATASETS["sysu"].width)
-    return Embedder(build_model(checkpoint, path), height, width, fingerprint(checkpoint)), saved
+    pixel_range = saved.get("pixel_range")
+    return Embedder(build_model(checkpoint, path), height, width, pixel_range, fingerprint(checkpoint)), saved
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,30 +136,33 @@ def _walk(root: Path) -> list[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"cannot list {error.filename}: {error.strerror}")
 
-    return [
-        os.path.join(folder, name)
-        for folder, folders, names in os.walk(os.path.abspath(root), onerror=refuse)
-        for name in sorted(names)
-        if name.lower().endswith(IMAGE_SUFFIXES) and folders.sort() is None
-    ]
+    paths = []
+    for folder, below, names in os.walk(os.path.abspath(root), onerror=refuse, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        paths += [
+            os.path.join(folder, name)
+            for name in sorted(names)
+            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        ]
+    return paths
 
 
 def _read_table(source: Path, flag: str, modality: str | None) -> Found:
     with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        lines = csv.reader(stream)
-        header = next(lines, [])
+        lines = csv.reader(stream, skipinitialspace=True)
+        header = [word.strip().lower() for word in next(lines, [])]
         if "path" not in header:
             raise UserError(f"{flag} {source}: its first line names no column `path`")
         place = header.index("path")
         columns = tuple(header[:place] + header[place + 1 :])
         known = {}
-        for line in lines:
+        for line in filter(None, lines):
             if len(line) != len(header):
                 raise UserError(
                     f"{flag} {source}, line {lines.line_num}: {len(line)} values, {len(header)} columns"
                 )
-            path = _absolute(source, line.pop(place))
-            values = tuple(map(sys.intern, line))
+            path = _absolute(source, line.pop(place).strip())
+            values = tuple(sys.intern(word.strip()) for word in line)
             if (
                 modality is None
                 or dict(zip(columns, values, strict=True)).get("modality", modality) == modality
@@ -159,18 +172,18 @@ def _read_table(source: Path, flag: str, modality: str | None) -> Found:
 
 
 def readable_batches(
-    paths: Sequence[str], height: int, width: int, batch_size: int, workers: int
-) -> Iterator[tuple[np.ndarray, list[int], list[str]]]:
-    """Yield (pixels (n, height, width, 3) uint8, the n rows of paths, failures), decoded ahead by workers.
+    paths: Sequence[str], read: Callable[[str], np.ndarray], batch_size: int, workers: int
+) -> Iterator[tuple[list[np.ndarray], list[int], list[str]]]:
+    """Yield (what read gives, n times, the n rows of paths, failures), read ahead by workers threads.
 
     n is at most batch_size. What cannot be read is in no batch: failures says "path (reason)" of it.
     """
 
-    def read(piece: Sequence[str]) -> list[np.ndarray | UnreadableImages]:
+    def read_piece(piece: Sequence[str]) -> list[np.ndarray | UnreadableImages]:
         images = []
         for path in piece:
             try:
-                images.append(read_image(path, height, width))
+                images.append(read(path))
             except UnreadableImages as error:
                 images.append(error)
         return images
@@ -178,7 +191,9 @@ def readable_batches(
     pieces = (paths[start : start + DECODE_PIECE] for start in range(0, len(paths), DECODE_PIECE))
     pool = ThreadPoolExecutor(workers)
     try:
-        pending = deque(pool.submit(read, piece) for piece in islice(pieces, 2 * workers + batch_size // 4))
+        pending = deque(
+            pool.submit(read_piece, piece) for piece in islice(pieces, 2 * workers + batch_size // 4)
+        )
         pixels, rows, failures, row = [], [], [], 0
         while pending:
             for image in pending.popleft().result():
@@ -188,13 +203,13 @@ def readable_batches(
                     pixels.append(image)
                     rows.append(row)
                 row += 1
-            pending.extend(pool.submit(read, piece) for piece in islice(pieces, 1))
+            pending.extend(pool.submit(read_piece, piece) for piece in islice(pieces, 1))
             while len(rows) >= batch_size or (rows and not pending):
-                yield np.stack(pixels[:batch_size]), rows[:batch_size], failures
+                yield pixels[:batch_size], rows[:batch_size], failures
                 del pixels[:batch_size], rows[:batch_size]
                 failures = []
         if failures:
-            yield np.empty((0, height, width, 3), np.uint8), [], failures
+            yield [], [], failures
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -213,17 +228,16 @@ def embed_files(
     """
     network, device = embedder.network, embedder.network.neck.weight.device
 
-    def batches() -> Iterator[tuple[torch.Tensor, list[int], list[str]]]:
-        parts = readable_batches(paths, embedder.height, embedder.width, batch_size, workers)
-        with contextlib.closing(parts):
+    def batches() -> Iterator[tuple[torch.Tensor | None, list[int], list[str]]]:
+        with contextlib.closing(readable_batches(paths, embedder.pixels, batch_size, workers)) as parts:
             for pixels, rows, failures in parts:
-                yield pinned(pixels, device), rows, failures
+                yield pinned(np.stack(pixels), device) if rows else None, rows, failures
 
     waiting = None  # a batch stays on a GPU until the next one is under way, so that the GPU never waits
     with contextlib.closing(read_ahead(batches(), device)) as items:
         for pixels, rows, failures in items:
             features = torch.empty(0, network.dim)
-            if rows:
+            if pixels is not None:
                 images = normalize(pixels.to(device, non_blocking=True))
                 features = extract_features(network, [images], modality, dtype)
             if waiting:

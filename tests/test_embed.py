@@ -1,6 +1,7 @@
 """tools.embed: shards of features and their tables, continued, kept up to date, of one kind in a folder."""
 
 import csv
+import functools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import ENVIRONMENT, draw_images, random_checkpoint
 from PIL import Image
 
 from checkpoints import fingerprint, load_checkpoint
+from images import read_image
 from results.embeddings import embed_files, find_images, open_embedder, readable_batches
 from results.shards import Embeddings, read_manifest, shards_of
 from tools import embed
@@ -259,8 +261,9 @@ def test_batches_keep_order_and_size(tmp_path):
     for k in (0, 7, 8, 20):
         paths[k] = str(tmp_path / f"gone{k}.png")
     rows, failures = [], []
-    for pixels, those, failed in readable_batches(paths, 8, 4, batch_size=5, workers=3):
-        assert pixels.shape == (len(those), 8, 4, 3)
+    read = functools.partial(read_image, height=8, width=4)
+    for pixels, those, failed in readable_batches(paths, read, batch_size=5, workers=3):
+        assert all((image == read(paths[row])).all() for image, row in zip(pixels, those, strict=True))
         assert len(those) <= 5
         rows += those
         failures += failed
@@ -307,3 +310,13 @@ def test_the_embedder_takes_files_and_open_images(checkpoint, tmp_path):
     for images, modality in (([], "visible"), (paths[0], "visible"), (paths, "thermal")):
         with pytest.raises(ValueError, match=r"images is a list|modality is one of"):
             embedder(images, modality)
+
+
+def test_deep_images_are_read_in_the_checkpoint_s_range(tmp_path):
+    values = np.linspace(7000, 9000, 32 * 16, dtype=np.uint16).reshape(32, 16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    bytes_ = ((values.astype(float) - 7000) * 256 / 2000).clip(0, 255).astype(np.uint8)
+    Image.fromarray(bytes_).save(tmp_path / "plain.png")
+    embedder, _ = open_embedder(random_checkpoint(tmp_path / "a.t", pixel_range=[7000.0, 9000.0]))
+    deep, plain = (embedder([tmp_path / name], "infrared") for name in ("deep.png", "plain.png"))
+    torch.testing.assert_close(deep, plain)

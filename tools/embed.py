@@ -180,10 +180,10 @@ def main(args: argparse.Namespace) -> int:
     processes.start(device)
     with opened(folder, manifest) if first else contextlib.nullcontext():
         dropped = tidy(folder, found) if first else 0
-        processes.wait()
+        processes.barrier()
         done = {record["path"] for shard in shards_of(folder) for record in shard.records()}
         todo = [k for k, path in enumerate(found.paths) if path not in done]
-        processes.wait()  # nobody writes until everybody has seen what is there
+        processes.barrier()  # nobody writes until everybody has seen what is there
         mine = todo[processes.rank :: processes.world_size]
         embedder.to(device, memory_format=torch.channels_last)
         batches = embed_files(
@@ -197,8 +197,8 @@ def main(args: argparse.Namespace) -> int:
                 failed = embed_into(folder, processes.rank, found, mine, batches, bar)
         except torch.OutOfMemoryError as error:
             raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
-        processes.wait()  # with more patience than a GPU's collectives have
-        failed = int(processes.sum(torch.tensor(failed, device=device)))
+        processes.barrier()  # with more patience than a GPU's collectives have
+        failed = int(processes.all_reduce(torch.tensor(failed, device=device)))
         if first:
             write_manifest(folder, dataclasses.replace(manifest, complete=True))
             kept = len(found.paths) - len(todo)

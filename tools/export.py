@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from augmentation import MEAN, STD
-from images import read_image
 from model import TwoStreamResNet
 from results.embeddings import Embedder, find_images, open_embedder
 from utils import Parser, UserError, at_least, log, log_to_terminal, run_script, whole_file
@@ -90,7 +89,7 @@ def export_graph(embedder: Embedder, modality: str) -> bytes:
 def smallest_cosine(graph: bytes, embedder: Embedder, paths: list[str], modality: str) -> float:
     """The smallest cosine, over the images at paths, between ONNX Runtime's features and torch's."""
     session = runtime_module().InferenceSession(graph, providers=["CPUExecutionProvider"])
-    pixels = np.stack([read_image(path, embedder.height, embedder.width) for path in paths])
+    pixels = np.stack([embedder.pixels(path) for path in paths])
     parts = [part for part in (pixels[:1], pixels[1:]) if len(part)]  # batches of one and of many
     found = np.concatenate([session.run(["features"], {"images": part})[0] for part in parts])
     wanted = embedder(paths, modality).numpy().astype(np.float64)
