@@ -1,26 +1,21 @@
-"""A training step and the memory's reset as docs/method.md has them, for tests to compare with.
+"""Training steps as docs/method.md has them, for tests to compare train.py's with, on one process or several.
 
-Shared with train.py are the network, the six terms and the tables' logits, which have tests of their own; the
-terms' sum, the order of things, the memory's update and Adam are written out here.
+The loss, the memory's update and Adam are plain_mce's; the network is train.py's, which has its own tests.
 """
 
 from copy import deepcopy
 
+import plain_mce
 import torch
-import torch.nn.functional as F
 from conftest import tiny_flags
-from test_memory import naive_update
 
 from augmentation import normalize
 from data_loader import generator
 from devices import Processes
-from loss import mce_loss
 from training import Training, build_training, open_run
 from utils import MODALITIES
 
-WEIGHTS = {"shared": 1.0, "visible": 1.0, "infrared": 1.0, "aux": 0.4, "align": 1.2, "center": 1.0}
-MOMENTUM = {"shared": 0.1, "visible": 0.25, "infrared": 0.25, "aux": 0.25}
-WEIGHT_DECAY, BETAS, EPSILON = 5e-4, (0.9, 0.999), 1e-8  # the last two are Adam's usual ones
+TABLES = ("shared", *MODALITIES)
 
 
 def start_training(root, *flags) -> Training:
@@ -38,79 +33,67 @@ class PlainTraining:
 
     def __init__(self, training: Training, replicas: int = 1):
         self.models = [deepcopy(training.model).train() for _ in range(replicas)]
-        self.bank, self.proxies = deepcopy(training.bank), training.args.proxies
-        self.weights = [dict(model.named_parameters()) for model in self.models]
-        self.moments = {name: [torch.zeros_like(w)] * 2 for name, w in self.weights[0].items()}
-        self.steps = 0
+        self.proxies, self.centers = (
+            {name: getattr(getattr(training.bank, name), kind).clone() for name in TABLES}
+            for kind in ("proxies", "centers")
+        )
+        self.align_with = training.args.proxies
+        self.moments, self.steps = {}, 0
 
-    def step(self, batches, rate):
+    def step(self, batches, rate: float) -> torch.Tensor:
         """Take a step with a batch (images, labels) for each replica; return their losses, (replicas, 7)."""
-        losses, all_features, all_labels = [], [], []
+        losses, features, gradients = [], [], []
         for model, (images, labels) in zip(self.models, batches, strict=True):
             outputs = model(torch.cat([images["visible"], images["aux"]]), images["infrared"])
-            n = len(labels)
-            rows = {"visible": outputs[:n], "aux": outputs[n : 2 * n], "infrared": outputs[2 * n :]}
-            features = {modality: own / own.norm(dim=1, keepdim=True) for modality, own in rows.items()}
-            _, terms = mce_loss(features, labels, self.bank, proxies=self.proxies)
-            total = sum(weight * terms[name] for name, weight in WEIGHTS.items())
-            model.zero_grad()
-            total.backward()
-            losses.append(torch.stack([total, *(terms[name] for name in WEIGHTS)]).detach())
-            all_features.append({modality: own.detach() for modality, own in features.items()})
-            all_labels.append(labels)
-        self.update_memory(all_features, torch.cat(all_labels))
-        self.adam(rate)
+            rows = dict(zip(("visible", "aux", "infrared"), plain_mce.unit(outputs).chunk(3), strict=True))
+            total, terms = plain_mce.loss(rows, labels, self.centers, self.proxies, self.align_with)
+            trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+            gradients.append(torch.autograd.grad(total, list(trained.values())))
+            features.append({modality: own.detach() for modality, own in rows.items()})
+            losses.append(torch.stack([total, *(terms[name] for name in plain_mce.WEIGHTS)]).detach())
+        gathered = {modality: torch.cat([own[modality] for own in features]) for modality in MODALITIES}
+        labels = torch.cat([labels for _, labels in batches])
+        self.proxies = plain_mce.update(self.proxies, gathered, labels)
+
+        self.steps += 1
+        weights = {name: weight.detach() for name, weight in trained.items()}
+        means = [torch.stack(own).mean(0) for own in zip(*gradients, strict=True)]
+        plain_mce.adam(weights, dict(zip(trained, means, strict=True)), self.moments, self.steps, rate)
+        for model in self.models:
+            model.load_state_dict(weights, strict=False)
         return torch.stack(losses)
 
-    def update_memory(self, features, labels):
-        """Section 5's update, with the features of all replicas."""
-        rows = {modality: torch.cat([own[modality] for own in features]) for modality in MODALITIES}
-        rows["shared"] = torch.cat([rows[modality] for modality in MODALITIES])
-        for name, momentum in MOMENTUM.items():
-            table, own = getattr(self.bank, name), labels.repeat(len(rows[name]) // len(labels))
-            table.proxies = naive_update(table.proxies, rows[name], own, momentum, hard=name == "shared")
-
-    @torch.no_grad()
-    def adam(self, rate):
-        """Adam (Kingma and Ba, 2015), with weight decay added to the mean gradient of all replicas."""
-        self.steps += 1
-        for name, moments in self.moments.items():
-            replicas = [weights[name] for weights in self.weights]
-            if replicas[0].grad is None:  # the neck's bias
-                continue
-            gradient = torch.stack([w.grad for w in replicas]).mean(0) + WEIGHT_DECAY * replicas[0]
-            for k, (beta, value) in enumerate(zip(BETAS, (gradient, gradient.square()), strict=True)):
-                moments[k] = beta * moments[k] + (1 - beta) * value
-            mean, square = (m / (1 - beta**self.steps) for m, beta in zip(moments, BETAS, strict=True))
-            for w in replicas:
-                w.sub_(rate * mean / (square.sqrt() + EPSILON))
+    def state(self) -> dict[str, torch.Tensor]:
+        """The first replica's weights and statistics, and the tables."""
+        tables = {f"{name}.proxies": table for name, table in self.proxies.items()}
+        tables |= {f"{name}.centers": table for name, table in self.centers.items()}
+        return dict(self.models[0].state_dict()) | tables
 
 
 @torch.no_grad()
-def plain_means(training: Training, model: torch.nn.Module, epoch: int) -> dict[str, torch.Tensor]:
-    """{modality: (C, D)} the mean feature of each class over the training set: the tables' beginning."""
-    model = deepcopy(model).eval()
-    loader, means = training.loader, {}
+def plain_tables(training: Training, model: torch.nn.Module, epoch: int) -> dict[str, torch.Tensor]:
+    """{name: (C, D)} the tables that an epoch begins with, for a network as it is given."""
+    model, loader, features, labels = deepcopy(model).eval(), training.loader, {}, {}
     for modality in MODALITIES:
         stored = "infrared" if modality == "infrared" else "visible"
-        labels, pixels = (
-            torch.from_numpy(loader.labels[stored]),
-            torch.from_numpy(loader.images[stored].copy()),
-        )
-        images = normalize(pixels)
+        images = normalize(torch.from_numpy(loader.images[stored].copy()))
         if modality == "aux":
             channels = generator(training.args.seed, epoch, "memory").integers(3, size=len(images))
             images = torch.stack([image[[k, k, k]] for image, k in zip(images, channels, strict=True)])
-        features = F.normalize(model(**{stored: images}))
-        classes = range(loader.batches.classes)
-        means[modality] = torch.stack([features[labels == y].mean(0) for y in classes])
-    return means
+        features[modality] = plain_mce.unit(model(**{stored: images}))
+        labels[modality] = torch.from_numpy(loader.labels[stored])
+    return plain_mce.reset(features, labels, loader.batches.classes)
 
 
-def tables(bank) -> dict[str, torch.Tensor]:
-    """The eight tables of a bank, by name, as they are now."""
-    names, kinds = ("shared", *MODALITIES), ("proxies", "centers")
-    return {f"{name}.{kind}": getattr(getattr(bank, name), kind).clone() for name in names for kind in kinds}
+def tables(training: Training) -> dict[str, torch.Tensor]:
+    """The memory's eight tables, by name, as they are now."""
+    bank, kinds = training.bank, ("proxies", "centers")
+    return {f"{name}.{kind}": getattr(getattr(bank, name), kind).clone() for name in TABLES for kind in kinds}
+
+
+def state(training: Training) -> dict[str, torch.Tensor]:
+    """The network's weights and statistics, and the memory's tables, as they are now."""
+    return deepcopy(dict(training.model.state_dict())) | tables(training)
 
 
 def assert_state(found: dict, expected: dict, begin: dict, tolerance: float = 0.03) -> None:

@@ -6,10 +6,10 @@ from itertools import islice
 import pytest
 import torch
 from conftest import run_script, tiny_flags
+from plain_training import assert_state, start_training, tables
 
 from checkpoints import load_checkpoint
 from eval_metrics import k_reciprocal
-from tests.plain_training import assert_state, start_training, tables
 from train import evaluate, rebuild_memory, train_one_epoch
 from utils import MODALITIES
 
@@ -37,7 +37,7 @@ def test_a_step_is_the_cpus(sysu):
         begin = weights_and_gradients(training)
         rebuild_memory(training, 0)
         losses.append(take_steps(training, 1))
-        memories.append({name: table.cpu() for name, table in tables(training.bank).items()})
+        memories.append({name: table.cpu() for name, table in tables(training).items()})
         states.append(weights_and_gradients(training))
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(*memories, rtol=1e-3, atol=1e-3)
@@ -73,7 +73,7 @@ def test_half_precision_is_near_single_precision(sysu, amp):
         rebuild_memory(training, 0)
         losses.append(take_steps(training, 3)[0])  # of the first step: then Adam goes its own way
         assert seen == {training.dtype or torch.float32}
-        assert all(table.dtype == torch.float32 for table in tables(training.bank).values())
+        assert all(table.dtype == torch.float32 for table in tables(training).values())
         assert all(weight.isfinite().all() for weight in training.model.state_dict().values())
     torch.testing.assert_close(*losses, rtol=0.1, atol=0.1)
 

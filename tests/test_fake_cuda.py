@@ -5,9 +5,11 @@ for the GPU. Left out are the backward pass, which needs a real one, and pinned 
 for machines with a GPU.
 """
 
+import contextlib
+
 import pytest
 import torch
-from conftest import tiny_flags
+from plain_training import start_training, tables
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -16,11 +18,10 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import training as training_module
-from devices import Processes
+from loss import Baseline
 from memory import MemoryBank
 from model import TwoStreamResNet
 from train import rebuild_memory, train_one_epoch
-from training import build_training, open_run
 
 GPU = torch.device("cuda", 0)
 
@@ -50,16 +51,16 @@ class RefuseWaitingCopies(TorchDispatchMode):
 class Scaler:
     """In the place of GradScaler: gives every weight a gradient, for backward needs a GPU."""
 
-    def __init__(self, model):
-        self.model = model
+    def __init__(self, weights):
+        self.weights = weights
 
     def scale(self, total):
         assert total.device == GPU
         return self
 
     def backward(self):
-        for weight in self.model.parameters():
-            weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+        for weight in self.weights:
+            weight.grad = torch.zeros_like(weight)
 
     def step(self, optimizer):
         optimizer.step()
@@ -68,25 +69,37 @@ class Scaler:
         pass
 
 
-@pytest.fixture(scope="module")
-def training(sysu):
-    """What train.py trains with on a GPU, its tensors fake."""
+def built_on_the_gpu(kind):
+    """A class of modules whose fake weights are made on the GPU, for they cannot move."""
 
-    def build_model(*args):
+    def build(*args):
         with GPU:
-            return TwoStreamResNet(*args)
+            return kind(*args)
 
+    return build
+
+
+@contextlib.contextmanager
+def fake_training(root, *flags):
+    """What train.py trains with on a GPU, its tensors fake."""
     with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True):
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
         patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-        patch.setattr(training_module, "TwoStreamResNet", build_model)
-        patch.setattr(TwoStreamResNet, "to", lambda self, *_, **__: self)  # fake weights do not move
-        args, _, _ = open_run([*tiny_flags(sysu), "--gpu", "0", "--cache", "device", "--proxies", "both"])
-        training = build_training(args, None, Processes())
+        patch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+        for kind in (TwoStreamResNet, Baseline):
+            patch.setattr(training_module, kind.__name__, built_on_the_gpu(kind))
+        training = start_training(root, "--gpu", "0", "--cache", "device", *flags)
         assert training.device == GPU
-        training.scaler = Scaler(training.model)
+        [group] = training.optimizer.param_groups
+        training.scaler = Scaler([weight for weight in group["params"] if weight.requires_grad])
+        yield training
+
+
+@pytest.fixture(scope="module")
+def training(sysu):
+    with fake_training(sysu, "--proxies", "both") as training:
         yield training
 
 
@@ -116,11 +129,17 @@ def test_memory_and_steps_stay_on_the_gpu_and_wait_for_nothing(training):
     with RefuseWaitingCopies():
         rebuild_memory(training, 0)
     take_three_steps(training)
-    tables = [getattr(training.bank, name).proxies for name in ("shared", "visible", "infrared", "aux")]
     moments = [state["exp_avg"] for state in training.optimizer.state.values()]
-    assert len(moments) == sum(weight.requires_grad for weight in training.model.parameters())
-    for tensor in [*tables, *moments, *training.model.state_dict().values()]:
+    assert len(moments) == len(training.scaler.weights)
+    for tensor in [*tables(training).values(), *moments, *training.model.state_dict().values()]:
         assert tensor.device == GPU
+
+
+@pytest.mark.parametrize("loss", ["hard-triplet", "weighted-triplet"])
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_a_baselines_steps_wait_for_nothing(sysu, loss):
+    with fake_training(sysu, "--loss", loss) as training:
+        take_three_steps(training)
 
 
 VALUE, SHAPE, DEVICE = DataDependentOutputException, DynamicOutputShapeException, RuntimeError

@@ -11,20 +11,13 @@ import socket
 
 import pytest
 import torch
-from conftest import tiny_flags
+from plain_training import PlainTraining, assert_state, plain_tables, start_training, state, tables
 
 from data_loader import IdentityBatches, TrainLoader
-from devices import Processes
 from runs import Run
-from tests.plain_training import PlainTraining, assert_state, plain_means, start_training, tables
 from train import fit, rebuild_memory
-from training import build_training, open_run
 
 FLAGS = ["--epochs", "1", "--num-pos", "4", "--select", "last"]  # two steps of 2 x 4 x 4 x 3 images
-
-
-def state(training):
-    return {key: value.clone() for key, value in training.model.state_dict().items()} | tables(training.bank)
 
 
 def train_one_of_two(rank, port, root, folder):
@@ -32,8 +25,7 @@ def train_one_of_two(rank, port, root, folder):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     torch.set_num_threads(1)
-    args, _, _ = open_run([*tiny_flags(root), *FLAGS])
-    training = build_training(args, None, Processes())
+    training = start_training(root, *FLAGS)
     states = [state(training)]
     fit(training, Run("two", "sysu", f"{folder}/save_model", f"{folder}/log"))
     states.append(state(training))
@@ -64,7 +56,7 @@ def test_two_processes_do_what_one_does_with_the_gathered_batch(ranks, sysu):
     begin, after_epoch, after_reset = ranks[0]
     assert all(torch.equal(value, begin[name]) for name, value in training.model.state_dict().items())
     rebuild_memory(training, 0)
-    memory, plain = tables(training.bank), PlainTraining(training, replicas=2)
+    memory, plain = tables(training), PlainTraining(training, replicas=2)
 
     args, whole = training.args, training.loader
     loaders = []
@@ -77,14 +69,10 @@ def test_two_processes_do_what_one_does_with_the_gathered_batch(ranks, sysu):
     for step in steps:
         plain.step(step, 0.1 * args.lr)  # the first of ten epochs of warm-up
 
-    expected = dict(plain.models[0].state_dict()) | tables(plain.bank)
-    assert_state(after_epoch, expected, begin | memory)
+    assert_state(after_epoch, plain.state(), begin | memory)
     model = training.model
     model.load_state_dict({name: after_epoch[name] for name in model.state_dict()})
-    means = plain_means(training, model, 1)
-    expected = {modality: own / own.norm(dim=1, keepdim=True) for modality, own in means.items()}
-    expected["shared"] = sum(expected.values()) / 3
+    expected = plain_tables(training, model, 1)
     for name in memory:
-        torch.testing.assert_close(
-            after_reset[name], expected[name.split(".")[0]], rtol=1e-4, atol=1e-5, msg=name
-        )
+        table = expected[name.split(".")[0]]
+        torch.testing.assert_close(after_reset[name], table, rtol=1e-4, atol=1e-5, msg=name)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, REPOSITORY, run_script, tiny_flags
 from PIL import Image
+from plain_training import PlainTraining, assert_state, plain_tables, start_training, state, tables
 
 import synthetic
 import train
@@ -18,13 +19,6 @@ from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import train_samples
 from eval_metrics import Metrics
 from runs import Run
-from tests.plain_training import (
-    PlainTraining,
-    assert_state,
-    plain_means,
-    start_training,
-    tables,
-)
 from train import evaluate_if_due, fit, learning_rate, rebuild_memory, train_one_epoch
 from training import open_run, parse_args
 
@@ -44,11 +38,6 @@ def only(folder, pattern):
 # The step and the epoch: what they do to weights, statistics and memory (tests/defects.py tries these tests)
 
 
-def state(training):
-    """The network's weights and statistics, and the memory's tables, as they are now."""
-    return deepcopy(dict(training.model.state_dict())) | tables(training.bank)
-
-
 @pytest.mark.parametrize("proxies", ["historical", "updated", "both"])
 def test_steps_do_what_the_method_says(sysu, proxies):
     training = start_training(sysu, "--proxies", proxies)
@@ -58,7 +47,7 @@ def test_steps_do_what_the_method_says(sysu, proxies):
     losses = train_one_epoch(training, iter(batches), 0)
     expected = torch.cat([plain.step([batch], training.args.lr) for batch in batches])
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
-    assert_state(state(training), plain.models[0].state_dict() | tables(plain.bank), begin)
+    assert_state(state(training), plain.state(), begin)
 
 
 def test_visible_and_aux_images_go_through_one_stem_and_infrared_through_the_other(sysu):
@@ -115,7 +104,7 @@ def test_amp_is_the_precision_of_steps_and_of_the_memory(sysu):
     train_one_epoch(training, iter([next(training.loader.epoch(0))]), 0)
     assert len(seen) > 1
     assert set(seen) == {torch.bfloat16}
-    assert all(table.dtype == torch.float32 for table in tables(training.bank).values())
+    assert all(table.dtype == torch.float32 for table in tables(training).values())
 
 
 def test_the_memory_is_rebuilt_from_class_means_of_features_as_in_evaluation(sysu):
@@ -126,10 +115,8 @@ def test_the_memory_is_rebuilt_from_class_means_of_features_as_in_evaluation(sys
     begin = deepcopy(training.model.state_dict())
     rebuild_memory(training, 3)
     assert all(torch.equal(value, begin[name]) for name, value in training.model.state_dict().items())
-    means = plain_means(training, training.model, 3)
-    expected = {modality: own / own.norm(dim=1, keepdim=True) for modality, own in means.items()}
-    expected["shared"] = sum(expected.values()) / 3
-    for name, table in tables(training.bank).items():
+    expected = plain_tables(training, training.model, 3)
+    for name, table in tables(training).items():
         torch.testing.assert_close(table, expected[name.split(".")[0]], rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -141,7 +128,7 @@ class KeptRun(Run):
         self.training, self.saved, self.chosen = training, {}, []
 
     def save(self, checkpoint, is_best=False, selection=""):
-        self.saved[checkpoint["epoch"]] = deepcopy(checkpoint) | tables(self.training.bank)
+        self.saved[checkpoint["epoch"]] = deepcopy(checkpoint) | tables(self.training)
         self.chosen += [checkpoint["epoch"]] if is_best else []
 
 
@@ -184,10 +171,8 @@ def test_each_epoch_begins_with_a_memory_of_the_network_as_it_is(epochs):
     model = deepcopy(training.model)
     for epoch in range(5):
         model.load_state_dict(saved[epoch]["net"])
-        means = plain_means(training, model, epoch)
-        for modality, own in means.items():
-            centers = saved[epoch + 1][f"{modality}.centers"]
-            torch.testing.assert_close(centers, own / own.norm(dim=1, keepdim=True), rtol=1e-4, atol=1e-5)
+        for name, table in plain_tables(training, model, epoch).items():
+            torch.testing.assert_close(saved[epoch + 1][f"{name}.centers"], table, rtol=1e-4, atol=1e-5)
 
 
 def test_the_best_epoch_has_the_highest_map_and_is_the_first_of_equal_ones(sysu, tmp_path, monkeypatch):
