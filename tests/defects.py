@@ -31,16 +31,15 @@ the bank is never updated
 - bank.update(features, labels)
 
 the bank is updated before the loss
-- total, terms = mce_loss(features, labels, bank, proxies=training.args.proxies)
+- total, terms = training.loss(features, labels, outputs, pooled)
 + bank.update(features, labels)
-+ total, terms = mce_loss(features, labels, bank, proxies=training.args.proxies)
++ total, terms = training.loss(features, labels, outputs, pooled)
 
 the bank learns from the network after the step
 - scaler.update()
 + scaler.update()
-+ after = network(torch.cat([images["visible"], images["aux"]]), images["infrared"])
-+ visible, aux, infrared = F.normalize(after).chunk(3)
-+ bank.update({"visible": visible, "infrared": infrared, "aux": aux}, labels)
++ after = F.normalize(network(visible, images["infrared"])).chunk(3)
++ bank.update(dict(zip(order, after, strict=True)), labels)
 
 the rate is logged but not applied
 - group["lr"] = rate
@@ -55,26 +54,21 @@ steps in evaluation mode
 + network.eval()
 
 aux images take the infrared stem
-- outputs = network(torch.cat([images["visible"], images["aux"]]), images["infrared"])  # (3n, D)
-+ outputs = network(images["visible"], torch.cat([images["aux"], images["infrared"]]))
+- outputs, pooled = network(visible, images["infrared"], with_pooled=True)  # (3n, D) each
++ infrared = torch.cat([images["aux"], images["infrared"]])
++ outputs, pooled = network(images["visible"], infrared, with_pooled=True)
 
 each modality passes through the network alone
-- outputs = network(torch.cat([images["visible"], images["aux"]]), images["infrared"])  # (3n, D)
-+ outputs = torch.cat(
-+     [network(images["visible"]), network(images["aux"]), network(infrared=images["infrared"])]
-+ )
+- outputs, pooled = network(visible, images["infrared"], with_pooled=True)  # (3n, D) each
++ outputs = pooled = torch.cat([network(visible), network(infrared=images["infrared"])])
 
 visible and infrared features change places
-- visible, aux, infrared = F.normalize(outputs.float()).chunk(3)  # (n, D) each, unit norm
-+ infrared, aux, visible = F.normalize(outputs.float()).chunk(3)
+- features = dict(zip(order, rows, strict=True))
++ features = dict(zip(order[::-1], rows, strict=True))
 
 features are not normalised
-- visible, aux, infrared = F.normalize(outputs.float()).chunk(3)  # (n, D) each, unit norm
-+ visible, aux, infrared = outputs.float().chunk(3)
-
---proxies is ignored
-- total, terms = mce_loss(features, labels, bank, proxies=training.args.proxies)
-+ total, terms = mce_loss(features, labels, bank)
+- rows = F.normalize(outputs.float()).chunk(len(order))  # (n, D) each, unit norm
++ rows = outputs.float().chunk(len(order))
 
 --amp is ignored in steps
 - with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -99,9 +93,8 @@ the memory is rebuilt in training mode
 + means = {}
 
 the memory is rebuilt in a process's first epoch only
-- rebuild_memory(training, epoch)
-+ if epoch == 0:
-+     rebuild_memory(training, epoch)
+- if args.loss == "mce":  # the baselines have no memory
++ if args.loss == "mce" and epoch == 0:
 
 the memory forgets the last batch of a modality
 - counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
@@ -119,12 +112,16 @@ every epoch is the best
 == training.py, test_train.py
 
 no weight decay
-- optimizer=torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=True),
-+ optimizer=torch.optim.Adam(model.parameters(), args.lr, fused=True),
+- [*model.parameters(), *loss.parameters()], args.lr, weight_decay=5e-4, fused=True
++ [*model.parameters(), *loss.parameters()], args.lr, fused=True
 
 weight decay that bypasses Adam's moments
-- optimizer=torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=True),
-+ optimizer=torch.optim.AdamW(model.parameters(), args.lr, weight_decay=5e-4, fused=True),
+- optimizer=torch.optim.Adam(
++ optimizer=torch.optim.AdamW(
+
+--proxies is ignored
+- return bank, MCE(bank, weights, args.proxies, args.margin)
++ return bank, MCE(bank, weights, "historical", args.margin)
 
 RegDB is augmented with SYSU-MM01's recipe
 - recipe = DATASETS[args.dataset].recipe
@@ -153,7 +150,7 @@ a table learns too slowly
 + momentum: float = 0.75,
 
 the shared table learns from visible features only
-- self.shared.update(torch.cat([features[modality] for modality in MODALITIES]), labels.repeat(3))
+- self.shared.update(everything, labels.repeat(len(modalities)))
 + self.shared.update(features["visible"], labels)
 
 == train.py, test_processes.py
@@ -188,14 +185,14 @@ a process puts its own features first
 == train.py, test_fake_cuda.py
 
 a step looks at its loss
-- history.append(torch.stack([total, *(terms[name] for name in TERMS)]).detach())
-+ history.append(torch.stack([total, *(terms[name] for name in TERMS)]).detach())
+- history.append(torch.stack([total, *(terms[name] for name in names)]).detach())
++ history.append(torch.stack([total, *(terms[name] for name in names)]).detach())
 + if total.item() > 1e6:
 +     break
 
 a step copies its losses to the host
-- history.append(torch.stack([total, *(terms[name] for name in TERMS)]).detach())
-+ history.append(torch.stack([total, *(terms[name] for name in TERMS)]).detach().cpu())
+- history.append(torch.stack([total, *(terms[name] for name in names)]).detach())
++ history.append(torch.stack([total, *(terms[name] for name in names)]).detach().cpu())
 
 the memory's sums are on the host
 - counts = sums.new_zeros(len(sums), 1)
@@ -204,8 +201,8 @@ the memory's sums are on the host
 == training.py, test_fake_cuda.py
 
 the bank is on the host
-- bank=MemoryBank(loader.batches.classes, model.dim, device=device),
-+ bank=MemoryBank(loader.batches.classes, model.dim),
+- num_classes, dim, args.temperature, args.shared_momentum, args.momentum, args.update == "hard", device
++ num_classes, dim, args.temperature, args.shared_momentum, args.momentum, args.update == "hard"
 
 == data_loader.py, test_fake_cuda.py
 
@@ -215,9 +212,9 @@ a step waits for its labels' way to the GPU
 
 == loss.py, test_fake_cuda.py
 
-the loss leaves out classes by a mask
-- columns = centers.index_select(0, labels)  # (m, D): row j is the centre of labels[j]
-+ columns = centers[labels][labels >= 0]
+the loss leaves out rows by a mask
+- positive = distances.diagonal()
++ positive = distances[same]
 
 == memory.py, test_fake_cuda.py
 
