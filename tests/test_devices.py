@@ -51,6 +51,8 @@ def test_gpus_go_by_their_index(monkeypatch):
 )
 def test_amp_as_asked_for(amp, device, expected):
     assert autocast_dtype(amp, device) == expected
+    assert torch.backends.cudnn.allow_tf32 is (amp != "off")  # of convolutions
+    assert torch.backends.cuda.matmul.allow_tf32 is False
 
 
 def test_float16_on_the_cpu_is_refused():

@@ -261,6 +261,7 @@ def test_our_checkpoint_rebuilds_the_network(tmp_path):
 def test_extract_features_gives_unit_rows_in_order():
     torch.manual_seed(0)
     model = TwoStreamResNet("resnet18").eval()
+    randomise_batch_norms(model)  # else both stems are the same
     images = torch.randn(5, 3, 32, 16)
     features = extract_features(model, images.split(2), "aux")
     torch.testing.assert_close(features.norm(dim=1), torch.ones(5))
