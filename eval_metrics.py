@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from devices import Array, as_features, as_tensor
-from reranking import k_reciprocal
+from reranking import RERANKING
+from reranking import k_reciprocal as k_reciprocal  # other projects import it from here
 
 PROTOCOLS = ("sysu", "regdb", "llcm")
 PRODUCT = 2**25  # distances in one matrix product: 128 MB, enough rows to keep the product efficient
@@ -103,17 +104,26 @@ def evaluate(
 
 
 def evaluate_trials(
-    trials: Iterable[Trial], protocol: str, rerank: str | None = None, max_rank: int = 20
+    trials: Iterable[Trial],
+    protocol: str,
+    rerank: str | Callable[[Array, Array], Array] | None = None,
+    max_rank: int = 20,
 ) -> list[Metrics]:
-    """Evaluate each trial in turn; rerank is None or "k-reciprocal" (ValueError otherwise). See evaluate."""
-    if rerank not in (None, "k-reciprocal"):
-        raise ValueError(f"rerank must be None or 'k-reciprocal', not {rerank!r}")
+    """Evaluate each trial in turn; see evaluate.
+
+    rerank: what makes a distmat (Q, G) of query and gallery features, or its name in reranking.RERANKING;
+    None: no re-ranking. ValueError for another name.
+    """
+    if isinstance(rerank, str):
+        if rerank not in RERANKING:
+            raise ValueError(f"rerank must be None or one of {', '.join(RERANKING)}, not {rerank!r}")
+        rerank = RERANKING[rerank]
     results = []
     for trial in trials:
         if rerank is None:
             results.append(evaluate(*trial, protocol, max_rank))
         else:
-            distmat = k_reciprocal(trial.query_features, trial.gallery_features)
+            distmat = rerank(trial.query_features, trial.gallery_features)
             results.append(_evaluate_distmat(distmat, *trial[2:], protocol, max_rank))
     return results
 

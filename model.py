@@ -282,16 +282,33 @@ def translate_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 @torch.inference_mode()
 def extract_features(
-    model: TwoStreamResNet, batches: Iterable[torch.Tensor], modality: str, dtype: torch.dtype | None = None
+    model: TwoStreamResNet,
+    batches: Iterable[torch.Tensor],
+    modality: str,
+    dtype: torch.dtype | None = None,
+    flip: bool = False,
 ) -> torch.Tensor:
-    """Unit features (N, D) float32, on the model's device, of batches of normalised images (n, 3, H, W).
+    """Embed images.
 
-    modality: "visible", "infrared" or "aux" (which takes the visible stem). dtype: autocast's, None for
-    float32. The model must be in evaluation mode.
+    Args:
+        model: in evaluation mode.
+        batches: of normalised images (n, 3, H, W), on the model's device.
+        modality: "visible", "infrared" or "aux" (which takes the visible stem).
+        dtype: autocast's, None for float32.
+        flip: embed each image's mirror too.
+
+    Returns:
+        Unit features (N, D) float32 on the model's device; with flip (2, N, D): after the images' own those
+        that are the mean of an image's and its mirror's, normalised again.
     """
     name = "infrared" if modality == "infrared" else "visible"
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            return F.normalize(model(**{name: images}))
+
     features = []
     for images in batches:
-        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
-            features.append(F.normalize(model(**{name: images})))
-    return torch.cat(features)
+        unit = embed(images)
+        features.append(torch.stack([unit, F.normalize(unit + embed(images.flip(3)))]) if flip else unit)
+    return torch.cat(features, dim=-2)

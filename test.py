@@ -1,19 +1,18 @@
 """Evaluate checkpoints: tables, JSON, features, a picture of ranked results:
 
     python test.py --mode all --resume save_model/RUN_best.t --gpu 0 --dataset sysu
-    python test.py --mode all indoor --shot 1 10 --resume save_model/RUN_best.t
+    python test.py --mode all indoor --shot 1 10 --resume save_model/RUN_best.t --rerank k-reciprocal --flip
     python test.py --dataset regdb --resume 'save_model/RUN_trial_{trial}_best.t'
 
 The table goes to standard output, everything else to standard error.
 """
 
 import argparse
-import contextlib
-import json
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,30 +20,48 @@ import torch
 
 import data_manager
 from checkpoints import load_checkpoint
-from data_manager import DATASETS, Samples
+from data_manager import DATASETS
 from devices import Processes, autocast_dtype, select_device
-from eval_metrics import Metrics, summarize, top_k
-from evaluation import Evaluation, Features, Protocol
-from model import from_checkpoint
-from results.exports import mat_file, save_features, save_mat
+from eval_metrics import top_k
+from evaluation import Evaluation, Features, Protocol, mode_name
+from model import build_model
+from reranking import RERANKING
+from results.exports import mat_file, save_features, save_json, save_mat
 from results.figures import ranked_results
-from results.tables import STYLES, results_table
-from runs import versions
+from results.tables import STYLES, Results, heading, results_table, table_rows
 from training import saved_settings
-from utils import Parser, UserError, data_flags, device_flags, log, log_to_terminal, run_script, whole_file
+from utils import Parser, UserError, data_flags, device_flags, log, log_to_terminal, run_script
 
 TRIAL_IN_NAME = re.compile(r"_trial_\d+(?=_)")
-FACTS = ("epoch", "selection", "protocol", "best", "data", "args")  # what a checkpoint says of itself
+
+
+@dataclass
+class Model:
+    """A checkpoint that is evaluated, read once, and the trials that it is evaluated on."""
+
+    path: Path
+    checkpoint: dict
+    settings: dict[str, object]  # that it was trained with; none of the released code's
+    trials: list[int]
+
+    def facts(self) -> dict[str, object]:
+        """Where it is, its trials, and what it says of itself."""
+        kept = ("epoch", "selection", "protocol", "best", "data")
+        own = {key: self.checkpoint[key] for key in kept if key in self.checkpoint}
+        return {"path": str(self.path), "trials": self.trials, "args": self.settings} | own
+
+
+# --- settings: the dataset's, over them the checkpoint's, over them what is typed
 
 
 def get_args_parser() -> Parser:
     """The command line; what is not given comes from the checkpoint or the dataset."""
     parser = Parser(
+        prog="test.py",
         description="Evaluate a checkpoint. Defaults stand in brackets; those of --dataset, --img-h, --img-w "
         "and --amp are what the checkpoint was trained with.",
         parents=[data_flags(), device_flags()],
     )
-    parser.set_defaults(amp=None)
     what = parser.add_argument_group("what is evaluated")
     what.add_argument(
         "--resume", required=True, metavar="FILE",
@@ -55,7 +72,7 @@ def get_args_parser() -> Parser:
     )
     what.add_argument("--dataset", choices=DATASETS, help="(the checkpoint's, or sysu)")
     what.add_argument(
-        "--mode", nargs="+", metavar="MODE",
+        "--mode", type=mode_name, nargs="+", metavar="MODE",
         help="sysu: all, indoor (all); regdb and llcm: visible-to-infrared, infrared-to-visible (both)",
     )  # fmt: skip
     what.add_argument("--shot", type=int, nargs="+", choices=(1, 10), default=[1], help="gallery of sysu (1)")
@@ -63,7 +80,7 @@ def get_args_parser() -> Parser:
         "--galleries", choices=("seeded", "published"), default="seeded",
         help="sysu: drawn by random.Random(trial), or the dataset authors' exp/rand_perm_cam.mat (seeded)",
     )  # fmt: skip
-    what.add_argument("--trial", default="all", metavar="N", help="one trial, or all ten (all)")
+    what.add_argument("--trial", metavar="N", help="one trial, or all (all; a model of one RegDB trial: it)")
     what.add_argument(
         "--allow-short", action="store_true", help="take galleries with fewer images than --shot"
     )
@@ -72,7 +89,12 @@ def get_args_parser() -> Parser:
         help="own images: a gallery image of the query's identity and camera does not count, and CMC counts "
         "identities: LLCM's rules",
     )  # fmt: skip
-    what.add_argument("--rerank", choices=("k-reciprocal",), help="add rows with the galleries re-ranked")
+    what.add_argument(
+        "--rerank", nargs="+", choices=RERANKING, default=[], help="add rows with the galleries re-ranked"
+    )
+    what.add_argument(
+        "--flip", action="store_true", help="add rows with the mean feature of an image and its mirror"
+    )
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument("--format", choices=STYLES, default="text", help="of the table (text)")
     outputs.add_argument("--json", metavar="FILE", help="settings, metrics of every trial and their mean")
@@ -84,182 +106,158 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def find_checkpoints(args: argparse.Namespace) -> dict[int | None, Path]:
-    """The checkpoint of each trial that is asked for; {None: path} where one serves all trials.
+def parse_args(command: Sequence[str]) -> tuple[argparse.Namespace, list[Model]]:
+    """The settings that a command line means, and the checkpoints, each read from disk once.
 
-    Fills in --dataset, if it was not typed, from the checkpoint. Only RegDB has a model for each trial:
-    their names differ in _trial_<t>_ alone, and those that are missing are left out with a warning. Raises
-    UserError if none is there, or --trial or an output does not fit the dataset.
+    Raises UserError for a wrong flag, or a checkpoint that is missing, broken or does not fit.
     """
-
-    def locate(path: Path) -> Path:
-        elsewhere = Path(args.model_path) / path
-        return elsewhere if not path.exists() and elsewhere.exists() else path
-
-    named = Path(args.resume)
-    if "{trial}" in args.resume:
-        pattern, saved = args.resume, {}
-        args.dataset = args.dataset or "regdb"
-    else:
-        pattern = str(named.with_name(TRIAL_IN_NAME.sub("_trial_{trial}", named.name)))
-        saved = saved_settings(load_checkpoint(locate(named)), named)
-        args.dataset = args.dataset or saved.get("dataset", "sysu")
-    facts = DATASETS[args.dataset]
-    if args.trial != "all" and args.trial not in map(str, facts.trials):
-        first, last = facts.trials[0], facts.trials[-1]
-        raise UserError(f"--trial {args.trial}: those of {facts.title} are {first} to {last}, or all")
+    parser = get_args_parser()
+    typed = parser.parse_args(command)
+    models = find_models(typed)
+    saved = {key: value for key, value in models[0].settings.items() if value is not None}
+    facts = DATASETS[typed.dataset]  # find_models has filled it in
+    modes = ["all"] if typed.dataset == "sysu" else list(facts.modes)
+    parser.set_defaults(dataset=typed.dataset, mode=modes, img_h=facts.height, img_w=facts.width)
+    parser.set_defaults(**{key: saved[key] for key in ("img_h", "img_w", "amp") if key in saved})
+    args = parser.parse_args(command)
     if args.save_mat and args.dataset != "sysu":
         raise UserError(f"--save-mat is for SYSU-MM01's MATLAB evaluation, not for {facts.title}")
-
-    if args.dataset != "regdb":
-        if "{trial}" in args.resume:
-            raise UserError(f"--resume {named}: {facts.title} has no model for each trial, only RegDB has")
-        paths = {None: locate(named)}
-    elif "{trial}" in pattern:
-        wanted = facts.trials if args.trial == "all" else [int(args.trial)]
-        paths = {t: locate(Path(pattern.replace("{trial}", str(t)))) for t in wanted}
-        missing = [str(path) for path in paths.values() if not path.is_file()]
-        if len(missing) == len(paths):
-            others = ", nor of any other trial" if len(missing) > 1 else ""
-            raise UserError(f"--resume {named}: no checkpoint at {missing[0]}{others}")
-        if missing:
-            log.warning("missing, and so left out of every mean: %s", ", ".join(missing))
-        paths = {trial: path for trial, path in paths.items() if path.is_file()}
-    else:
-        trial = saved.get("trial") if args.trial == "all" and saved.get("dataset") == "regdb" else args.trial
-        if trial == "all":
-            raise UserError(f"--resume {named}: of which trial of RegDB? Say so with --trial N")
-        paths = {int(trial): locate(named)}
-
-    if len(paths) > 1 and (args.save_features or args.figure):
+    if args.ignore_same_camera and args.dataset != "folder":
+        raise UserError(f"--ignore-same-camera: for own images; {facts.title} has a rule of its own")
+    if len(models) > 1 and (args.save_features or args.figure):
         flag = "--save-features" if args.save_features else "--figure"
         raise UserError(f"{flag}: RegDB has a model for each trial; say which with --trial N")
-    return paths
+    return args, models
 
 
-def describe(path: Path, trial: int | None) -> dict[str, object]:
-    """What a checkpoint says of itself, for the heading and --json; UserError if it is of another trial."""
-    checkpoint = load_checkpoint(path)
-    saved = saved_settings(checkpoint, path)
-    if trial is not None and saved.get("dataset") == "regdb" and str(saved.get("trial")) != str(trial):
+# --- which checkpoints, and on which trials each is evaluated
+
+
+def find_models(args: argparse.Namespace) -> list[Model]:
+    """Read the checkpoints that --resume means: one, or RegDB's of each trial that is asked for.
+
+    RegDB's names differ in _trial_<t>_ alone. What is not typed of --dataset and --trial is filled in.
+    """
+    path = locate(args, Path(args.resume))
+    model = None if "{trial}" in args.resume else read_model(path)
+    settings = model.settings if model else {"dataset": "regdb"}
+    args.dataset = args.dataset or settings.get("dataset", "sysu")
+    title = DATASETS[args.dataset].title
+    if model is None and args.dataset != "regdb":
+        raise UserError(f"--resume {path}: {title} has no model for each trial, only RegDB has")
+    trained_here = args.dataset == settings.get("dataset") == "regdb"
+    pattern = TRIAL_IN_NAME.sub("_trial_{trial}", path.name)
+    if trained_here and "{trial}" in str(path.with_name(pattern)):
+        return models_of_trials(args, str(path.with_name(pattern)), model)
+    if trained_here:
+        args.trial = args.trial or settings["trial"]
+    elif args.dataset == "regdb" and args.trial is None and not settings:
         raise UserError(
-            f"{path} was trained on trial {saved.get('trial')}, whose test images are not trial {trial}'s"
+            f"--resume {path} does not say what it was trained on: give --trial N, or --trial all for one "
+            "model on all of RegDB's trials"
         )
-    return {"trial": trial, "path": str(path)} | {k: checkpoint[k] for k in FACTS if k in checkpoint}
+    model.trials = chosen_trials(args)
+    return [model]
 
 
-def fill_in(args: argparse.Namespace, saved: dict[str, object]) -> None:
-    """Take what was not typed from the settings that the checkpoint was trained with, or the dataset."""
-    facts = DATASETS[args.dataset]
-    args.img_h = args.img_h or saved.get("img_h", facts.height)
-    args.img_w = args.img_w or saved.get("img_w", facts.width)
-    args.amp = args.amp or saved.get("amp", "auto")
-    args.mode = args.mode or (["all"] if args.dataset == "sysu" else list(facts.modes))
-
-
-def refuse_unwritable(path: str | Path) -> None:
-    """UserError, before the long work, for a file that could not be written after it."""
-    if Path(path).is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-
-    class Tried(Exception):
-        """Makes whole_file leave nothing."""
-
-    with contextlib.suppress(Tried), whole_file(path):
-        raise Tried
-
-
-def all_test_images(root: Path) -> list[Samples]:
-    """Every test image of SYSU-MM01 in each modality: what its MATLAB evaluation wants features of."""
-    everything = data_manager.gallery_samples("sysu", root, mode="all", shot=10**9, allow_short=True)
-    order = np.argsort(everything.paths)
-    visible = Samples(
-        [everything.paths[k] for k in order], everything.pids[order], everything.camids[order], "visible"
-    )
-    return [visible, data_manager.query_samples("sysu", root)]
-
-
-def heading(
-    args: argparse.Namespace, checkpoints: list[dict], trials: list[int], evaluation: Evaluation
-) -> list[str]:
-    """What the table's numbers are, in two lines: dataset and trials; checkpoints and their selection."""
-    facts = DATASETS[args.dataset]
-    some = "" if len(trials) == len(facts.trials) else f" of the {len(facts.trials)}"
-    those = f"mean over {len(trials)}{some} trials" if len(trials) > 1 else f"trial {trials[0]} alone"
-    if len(facts.trials) == 1:
-        those = "one split"
-    if some and len(trials) > 1:
-        those += f" ({', '.join(map(str, trials))})"
-    if len(checkpoints) > 1:
-        those += ", each with its own model"
-    if evaluation.short:
-        those += f"; {evaluation.short}"
-
-    def told(values: Iterable[str]) -> str:
-        return ", ".join(dict.fromkeys(values))
-
-    more = f" and {len(checkpoints) - 1} siblings" if len(checkpoints) > 1 else ""
-    settings = [saved_settings(checkpoint, checkpoint["path"]) for checkpoint in checkpoints]
-    trained_on = told(s.get("dataset", "an unknown dataset") for s in settings)
-    trained_on = DATASETS[trained_on].title if trained_on in DATASETS else trained_on
-    epochs = ", ".join(str(checkpoint.get("epoch", "unknown")) for checkpoint in checkpoints)
-    of = told(f" of {s['epochs']}" if "epochs" in s else "" for s in settings)
-    chosen = told(str(c.get("selection", "how it was chosen is unknown")) for c in checkpoints)
-    return [
-        f"{facts.title}, per cent, {those}",
-        f"{checkpoints[0]['path']}{more}: trained on {trained_on}, epoch {epochs}{of}; {chosen}",
-    ]
-
-
-def table_rows(
-    results: dict[tuple[Protocol, str | None], list[Metrics]], trials: list[int]
-) -> list[tuple[str, Metrics]]:
-    """(title, metrics) for each line of the table: RegDB has its trials and their deviation besides."""
-    rows = []
-    for (protocol, rerank), metrics in results.items():
-        title = protocol.row + (f", {rerank} re-ranking" if rerank else "")
-        mean, deviation = summarize(metrics)
-        if protocol.dataset == "regdb" and len(trials) > 1:
-            rows += [(f"{title}, trial {trial}", each) for trial, each in zip(trials, metrics, strict=True)]
-            rows += [(f"{title}, mean of {len(trials)}", mean), (f"{title}, standard deviation", deviation)]
+def models_of_trials(args: argparse.Namespace, pattern: str, known: Model | None) -> list[Model]:
+    """Read a model for each trial that is asked for, {trial} in pattern; warn of those that are missing."""
+    models, missing = [], []
+    for trial in chosen_trials(args):
+        path = locate(args, Path(pattern.replace("{trial}", str(trial))))
+        if path.is_file():
+            models.append(known if known and known.path == path else read_model(path))
+            models[-1].trials = [trial]
         else:
-            rows.append((title, mean))
-    return rows
+            missing.append(str(path))
+    if not models:
+        others = ", nor of any other trial" if len(missing) > 1 else ""
+        raise UserError(f"--resume {args.resume}: no checkpoint at {missing[0]}{others}")
+    if missing:
+        log.warning("missing, and so left out of every mean: %s", ", ".join(missing))
+    return models
 
 
-def as_numbers(metrics: Metrics) -> dict[str, object]:
-    """Metrics for JSON, in [0, 1]."""
-    return {"cmc": np.asarray(metrics.cmc).tolist(), "mAP": float(metrics.mAP), "mINP": float(metrics.mINP)}
+def chosen_trials(args: argparse.Namespace) -> list[int]:
+    """The trials that --trial means: one, or all of the dataset's."""
+    facts = DATASETS[args.dataset]
+    if args.trial in (None, "all"):
+        return list(facts.trials)
+    if args.trial not in map(str, facts.trials):
+        first, last = facts.trials[0], facts.trials[-1]
+        raise UserError(f"--trial {args.trial}: those of {facts.title} are {first} to {last}, or all")
+    return [int(args.trial)]
 
 
-def plain(value: object) -> object:
-    """A NumPy value of the released code's checkpoints as JSON has it; what JSON cannot hold as text."""
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
+def locate(args: argparse.Namespace, path: Path) -> Path:
+    """The path, or what has its name in --model-path."""
+    elsewhere = Path(args.model_path) / path
+    return elsewhere if not path.exists() and elsewhere.exists() else path
 
 
-def save_json(
-    path: str,
-    args: argparse.Namespace,
-    checkpoints: list[dict],
-    trials: list[int],
-    results: dict[tuple[Protocol, str | None], list[Metrics]],
-    device: torch.device,
-) -> None:
-    """Write settings, checkpoints, versions and the metrics, in [0, 1], of every trial and their mean."""
-    report = {
-        "checkpoints": checkpoints,
-        "settings": vars(args),
-        "versions": versions(),
-        "device": str(device),
-        "results": [
-            asdict(protocol)
-            | {"rerank": rerank, "trials": dict(zip(trials, map(as_numbers, metrics), strict=True))}
-            | dict(zip(("mean", "std"), map(as_numbers, summarize(metrics)), strict=True))
-            for (protocol, rerank), metrics in results.items()
-        ],
-    }
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=1, default=plain), encoding="utf-8")
+def read_model(path: Path) -> Model:
+    """Read a checkpoint, without the state of training."""
+    checkpoint = load_checkpoint(path)
+    checkpoint.pop("optimizer", None)  # twice as large as the network, and RegDB has ten of them
+    return Model(path, checkpoint, saved_settings(checkpoint, path), [])
+
+
+def refuse_trained_on(model: Model, root: Path) -> None:
+    """UserError if a model was trained on RegDB images that one of its trials tests on."""
+    if model.settings.get("dataset") != "regdb":
+        return
+    own, modes = int(model.settings["trial"]), DATASETS["regdb"].modes
+    parts = data_manager.train_samples("regdb", root, own).values()
+    trained = {path for part in parts for path in part.paths}
+    for trial in model.trials:
+        queries = [data_manager.query_samples("regdb", root, mode, trial) for mode in modes]
+        if any(trained.intersection(part.paths) for part in queries):
+            raise UserError(
+                f"{model.path} was trained on trial {own}, whose training images are among trial {trial}'s "
+                "test images"
+            )
+
+
+# --- evaluation
+
+
+def evaluate(
+    args: argparse.Namespace, models: list[Model], evaluation: Evaluation, device: torch.device
+) -> tuple[Results, Features]:
+    """The metrics of every row of the table, the plain ones first, and the features of the last model."""
+    dtype, processes = autocast_dtype(args.amp, device), Processes()
+    flips = (False, True) if args.flip else (False,)
+    variants = [(flip, rerank) for flip in flips for rerank in dict.fromkeys((None, *args.rerank))]
+    results: Results = {(protocol, *row): [] for protocol in evaluation.protocols for row in variants}
+    for model in models:
+        trial = model.trials[0] if len(models) > 1 else None
+        pixel_range = model.settings.get("pixel_range")
+        if evaluation.pixel_range != pixel_range:
+            evaluation.pixel_range = pixel_range
+            evaluation.pixels.clear()
+        if len(models) > 1 and not evaluation.pixels:  # RegDB's trials have mostly the same images
+            evaluation.load(args.workers, processes)
+        network = build_model(model.checkpoint, model.path).to(device, memory_format=torch.channels_last)
+        features = evaluation.features(
+            network, device, dtype, args.test_batch, args.workers, processes, trial, args.flip
+        )
+        for flip, rerank in variants:
+            chosen = {modality: own[int(flip)] if args.flip else own for modality, own in features.items()}
+            for protocol, metrics in evaluation.score(chosen, rerank, trial).items():
+                results[protocol, flip, rerank] += metrics
+    return results, {modality: own[0] if args.flip else own for modality, own in features.items()}
+
+
+def refuse_unwritable(path: Path) -> None:
+    """UserError, before the long work, for a file that could not be written after it."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def save_figure(path: str, features: Features, evaluation: Evaluation, count: int = 8) -> None:
@@ -282,71 +280,47 @@ def save_figure(path: str, features: Features, evaluation: Evaluation, count: in
     ranked_results([(query.paths[k], query.pids[k]) for k in picked], ranked, path, evaluation.pixel_range)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(command: Sequence[str]) -> None:
     """Evaluate, print the table and write what was asked for."""
     log_to_terminal(stream=sys.stderr)
-    root = None if args.dataset is None else data_manager.dataset_root(args.dataset, args.data_path)
-    paths = find_checkpoints(args)
-    root = root or data_manager.dataset_root(args.dataset, args.data_path)
-    facts = DATASETS[args.dataset]
-    if args.dataset == "regdb":
-        trials = list(paths)
-    else:
-        trials = list(facts.trials) if args.trial == "all" else [int(args.trial)]
-    checkpoints = [describe(path, trial) for trial, path in paths.items()]
-    fill_in(args, saved_settings(checkpoints[0], checkpoints[0]["path"]))
+    args, models = parse_args(command)
+    root = data_manager.dataset_root(args.dataset, args.data_path)
     modes, shots = dict.fromkeys(args.mode), dict.fromkeys(args.shot)
-    if args.ignore_same_camera and args.dataset != "folder":
-        raise UserError(f"--ignore-same-camera: for own images; {facts.title} has a rule of its own")
     protocols = [
         Protocol(args.dataset, mode, shot, args.galleries, ignore_same_camera=args.ignore_same_camera)
         for mode in modes for shot in shots
     ]  # fmt: skip
-    everything = all_test_images(root) if args.save_mat else []
+    trials = [trial for model in models for trial in model.trials]
+    every_image = data_manager.read_split("sysu", root, "test").values() if args.save_mat else ()
     evaluation = Evaluation(
-        root, protocols, trials, args.img_h, args.img_w, allow_short=args.allow_short,
-        more=everything,
-    )  # fmt: skip
-    written = [path for path in (args.json, args.save_features, args.figure) if path]
-    for path in [*written, *([mat_file(args.save_mat, 1)] if args.save_mat else [])]:
-        refuse_unwritable(path)
-    device, processes = select_device(args.gpu), Processes()
-    dtype = autocast_dtype(args.amp, device)
-    ranges = [saved_settings(checkpoint, checkpoint["path"]).get("pixel_range") for checkpoint in checkpoints]
-    evaluation.pixel_range = ranges[0]
-    if len(paths) > 1 and all(each == ranges[0] for each in ranges):
-        # every trial has a model of its own, and mostly the same images
-        evaluation.load(args.workers, processes)
+        root, protocols, trials, args.img_h, args.img_w, args.allow_short, more=every_image
+    )
+    for model in models:
+        refuse_trained_on(model, root)
+    for path in (args.json, args.save_features, args.figure, args.save_mat and mat_file(args.save_mat, 1)):
+        if path:
+            refuse_unwritable(Path(path))
+    for warning in evaluation.warnings():
+        log.warning("warning: %s", warning)
 
-    reranks = dict.fromkeys((None, args.rerank))
-    results = {(protocol, rerank): [] for protocol in protocols for rerank in reranks}
+    device = select_device(args.gpu)
     try:
-        for (trial, path), pixel_range in zip(paths.items(), ranges, strict=True):
-            evaluation.pixel_range = pixel_range
-            model = from_checkpoint(path).to(device, memory_format=torch.channels_last)
-            features = evaluation.features(
-                model, device, dtype, args.test_batch, args.workers, processes, trial
-            )
-            for rerank in reranks:
-                for protocol, metrics in evaluation.score(features, rerank, trial).items():
-                    results[protocol, rerank] += metrics
+        results, features = evaluate(args, models, evaluation, device)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
-
-    lines = heading(args, checkpoints, trials, evaluation)
-    print(results_table(lines, table_rows(results, trials), args.format))
+    checkpoints = [model.facts() for model in models]
+    print(results_table(heading(checkpoints, evaluation), table_rows(results, trials), args.format))
     if args.json:
-        save_json(args.json, args, checkpoints, trials, results, device)
+        save_json(args.json, vars(args), device, checkpoints, evaluation, results)
     if args.save_features:
         save_features(args.save_features, features, evaluation.rows, evaluation.all_samples())
     if args.save_mat:
-        save_mat(args.save_mat, features, evaluation.rows, everything)
-        written.append(args.save_mat)
+        save_mat(args.save_mat, features, evaluation.rows, evaluation.more)
     if args.figure:
         save_figure(args.figure, features, evaluation)
-    for path in written:
+    for path in filter(None, (args.json, args.save_features, args.save_mat, args.figure)):
         log.info("wrote %s", path)
 
 
 if __name__ == "__main__":
-    run_script(main, get_args_parser().parse_args)
+    run_script(main, lambda: sys.argv[1:])

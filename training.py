@@ -19,7 +19,7 @@ from data_loader import IdentityBatches, TrainLoader
 from data_manager import DATASETS
 from devices import Processes, autocast_dtype, seed_globally, select_device
 from eval_metrics import Metrics
-from evaluation import Evaluation, Protocol
+from evaluation import Evaluation, Protocol, mode_name
 from images import open_training_arrays, training_arrays
 from loss import BASELINE_WEIGHTS, LOSSES, MARGIN, MCE, PROXIES, WEIGHTS, Baseline
 from memory import MemoryBank
@@ -121,7 +121,7 @@ def get_args_parser() -> Parser:
     evaluation = parser.add_argument_group("evaluation during training")
     add = evaluation.add_argument
     add(
-        "--mode", metavar="MODE",
+        "--mode", type=mode_name, metavar="MODE",
         help="protocol: all or indoor (all); RegDB and LLCM: visible-to-infrared or infrared-to-visible "
         "(visible-to-infrared)",
     )  # fmt: skip

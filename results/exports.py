@@ -1,16 +1,21 @@
-"""Features for other programs: a NumPy archive, and the files that SYSU-MM01's MATLAB evaluation reads.
+"""Results for other programs: JSON, a NumPy archive, and what SYSU-MM01's MATLAB evaluation reads.
 
 features: {modality: (N, D) tensor}; rows: {modality: {image path: its row of the features}}; samples: who is
 in the images, as data_manager.Samples has it: paths, pids, camids and modality.
 """
 
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import scipy.io
 
+from eval_metrics import Metrics, summarize
+from evaluation import Evaluation
+from runs import versions
 from utils import whole_file
 
 
@@ -60,3 +65,41 @@ def save_mat(
                 cells[0, k] = numbers[places[(part.camids == camid) & (part.pids == k + 1)]]
             with whole_file(mat_file(folder, camid)) as temporary, open(temporary, "wb") as file:
                 scipy.io.savemat(file, {"feature": cells})
+
+
+def save_json(
+    path: str | os.PathLike,
+    settings: Mapping,
+    device: object,
+    checkpoints: Sequence[Mapping],
+    evaluation: Evaluation,
+    results: Mapping,
+) -> None:
+    """Write settings, versions, warnings and, for each row of the table, counts and metrics in [0, 1].
+
+    checkpoints: see tables.heading; results: see tables.Results. Counts and metrics are of every trial.
+    """
+    trials = [trial for checkpoint in checkpoints for trial in checkpoint["trials"]]
+    rows = []
+    for (protocol, flip, rerank), metrics in results.items():
+        mean, deviation = summarize(metrics)
+        rows.append(
+            asdict(protocol)
+            | {"flip": flip, "rerank": rerank}
+            | {"counts": {trial: asdict(evaluation.counts[protocol, trial]) for trial in trials}}
+            | {"trials": dict(zip(trials, map(_numbers, metrics), strict=True))}
+            | {"mean": _numbers(mean), "std": _numbers(deviation)}
+        )
+    report = {"checkpoints": checkpoints, "settings": settings, "versions": versions()}
+    report |= {"device": str(device), "warnings": evaluation.warnings(), "results": rows}
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(report, indent=1, default=_plain), encoding="utf-8")
+
+
+def _numbers(metrics: Metrics) -> dict[str, object]:
+    return {"cmc": metrics.cmc.tolist(), "mAP": metrics.mAP, "mINP": metrics.mINP}
+
+
+def _plain(value: object) -> object:
+    """A NumPy value of the released code's checkpoints as JSON has it; what JSON cannot hold as text."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)

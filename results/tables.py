@@ -1,6 +1,12 @@
 """Tables of results, ready to paste: per cent with two decimals, as plain text, Markdown or LaTeX."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from data_manager import DATASETS
+from eval_metrics import Metrics, summarize
+from evaluation import Evaluation, Protocol
+
+Results = dict[tuple[Protocol, bool, str | None], list[Metrics]]  # (protocol, flip, re-ranking) -> of trials
 
 STYLES = ("text", "markdown", "latex")
 COLUMNS = ("rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP")
@@ -32,3 +38,58 @@ def results_table(heading: Sequence[str], rows: Sequence[tuple[str, object]], st
         begin = [*(f"% {line}" for line in heading), r"\begin{tabular}{l" + "r" * len(COLUMNS) + "}"]
         return "\n".join([*begin, r"\hline", body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}"])
     return "\n".join([*heading, *("  ".join(line) for line in lines)])
+
+
+def table_rows(results: Results, trials: Sequence[int]) -> list[tuple[str, Metrics]]:
+    """(title, metrics) for each line of the table; RegDB has its trials and their deviation besides."""
+    rows = []
+    for (protocol, flip, rerank), metrics in results.items():
+        title = protocol.row + (", flip" if flip else "") + (f", {rerank} re-ranking" if rerank else "")
+        mean, deviation = summarize(metrics)
+        if protocol.dataset == "regdb" and len(trials) > 1:
+            rows += [(f"{title}, trial {trial}", each) for trial, each in zip(trials, metrics, strict=True)]
+            rows += [(f"{title}, mean of {len(trials)}", mean), (f"{title}, standard deviation", deviation)]
+        else:
+            rows.append((title, mean))
+    return rows
+
+
+def heading(checkpoints: Sequence[Mapping], evaluation: Evaluation) -> list[str]:
+    """What a table's numbers are: dataset and trials; checkpoints and their selection; images and queries.
+
+    checkpoints: of each its path, the trials that it is evaluated on, and what it says of itself: epoch,
+    selection, args.
+    """
+    facts = DATASETS[evaluation.protocols[0].dataset]
+    trials = [trial for checkpoint in checkpoints for trial in checkpoint["trials"]]
+    scope = "one split" if len(facts.trials) == 1 else f"trial {trials[0]} alone"
+    if len(trials) > 1:
+        scope = f"mean over {len(trials)} trials"
+        if len(trials) < len(facts.trials):
+            numbers = ", ".join(map(str, trials))
+            scope = f"mean over {len(trials)} of the {len(facts.trials)} trials ({numbers})"
+        if facts is DATASETS["regdb"]:
+            scope += ", each with its own model" if len(checkpoints) > 1 else ", one model for all of them"
+    scope += f"; {evaluation.short}" if evaluation.short else ""
+
+    titles = {name: dataset.title for name, dataset in DATASETS.items()}
+    settings = [checkpoint.get("args", {}) for checkpoint in checkpoints]
+    siblings = f" and {len(checkpoints) - 1} siblings" if len(checkpoints) > 1 else ""
+    trained_on = _distinct(titles.get(own.get("dataset"), "an unknown dataset") for own in settings)
+    epochs = ", ".join(str(checkpoint.get("epoch", "unknown")) for checkpoint in checkpoints)
+    of = _distinct(f" of {own['epochs']}" for own in settings if "epochs" in own)
+    unknown = "how it was chosen is unknown"
+    chosen = _distinct(str(checkpoint.get("selection", unknown)) for checkpoint in checkpoints)
+    lines = [
+        f"{facts.title}, per cent, {scope}",
+        f"{checkpoints[0]['path']}{siblings}: trained on {trained_on}, epoch {epochs}{of}; {chosen}",
+    ]
+    for protocol in evaluation.protocols:
+        counts = _distinct((str(evaluation.counts[protocol, trial]) for trial in trials), "; or ")
+        lines.append(f"{protocol.row}: {counts}")
+    return lines
+
+
+def _distinct(words: Iterable[str], separator: str = ", ") -> str:
+    """The words, each once."""
+    return separator.join(dict.fromkeys(words))

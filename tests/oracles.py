@@ -86,3 +86,42 @@ def k_reciprocal_loop(query_features, gallery_features, k1=20, k2=6, lambda_valu
         jaccard[query] = 1 - overlap / (2 - overlap)
     final = jaccard * (1 - lambda_value) + distances[:num_query] * lambda_value
     return final[:, num_query:]
+
+
+def affinity_inference_loop(query_features, gallery_features, k1, k2):
+    """Return the (Q, G) distances of affinity inference (Fang et al., ICCV 2023)."""
+
+    def affinities(feature):
+        similarities = gallery_features @ feature
+        nearest = sorted(range(len(similarities)), key=lambda image: -similarities[image])
+        kept = [similarities[image] if image in nearest[:k1] else 0.0 for image in range(len(similarities))]
+        return np.array(kept), nearest
+
+    expanded = []
+    for feature in gallery_features:
+        _, nearest = affinities(feature)
+        expanded.append(np.mean([affinities(gallery_features[image])[0] for image in nearest[:k2]], axis=0))
+    distmat = np.zeros((len(query_features), len(gallery_features)))
+    for query, feature in enumerate(query_features):
+        own, _ = affinities(feature)
+        for image, other in enumerate(expanded):
+            cosine = own @ other / (np.linalg.norm(own) * np.linalg.norm(other))
+            distmat[query, image] = -cosine - feature @ gallery_features[image]
+    return distmat
+
+
+def graph_propagation_loop(query_features, gallery_features, k1, k2):
+    """Return the (Q, G) distances of GNN re-ranking (Zhang et al., arXiv 2012.07620)."""
+    features = np.concatenate([query_features, gallery_features])
+    num, num_query = len(features), len(query_features)
+    similarities = features @ features.T
+    nearest = [sorted(range(num), key=lambda j: -similarities[image, j]) for image in range(num)]
+    vectors = np.zeros((num, num))
+    for image in range(num):
+        vectors[image, nearest[image][:k1]] = 1
+    for _ in range(2):
+        symmetric = vectors + vectors.T
+        for image in range(num):
+            own = sum(similarities[image, other] ** 2 * symmetric[other] for other in nearest[image][:k2])
+            vectors[image] = own / np.linalg.norm(own)
+    return -vectors[:num_query] @ vectors[num_query:].T

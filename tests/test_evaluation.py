@@ -1,12 +1,18 @@
+import re
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import draw_images, tiny_flags
 
 import evaluation
+from augmentation import normalize
+from data_manager import DATASETS
 from devices import Processes
 from eval_metrics import eval_sysu
-from evaluation import Evaluation, Protocol
+from evaluation import Counts, Evaluation, Protocol
+from images import read_image
 from utils import UserError
 
 ALL, INDOOR = Protocol("sysu", "all"), Protocol("sysu", "indoor")
@@ -22,9 +28,9 @@ class Pixels(torch.nn.Module):
         return F.adaptive_avg_pool2d(images, (4, 2)).flatten(1)
 
 
-def embed(evaluated, trial=None, processes=None):
+def embed(evaluated, trial=None, processes=None, **more):
     cpu = torch.device("cpu")
-    return evaluated.features(Pixels(), cpu, None, 7, 1, processes or Processes(), trial)
+    return evaluated.features(Pixels(), cpu, None, 7, 1, processes or Processes(), trial, **more)
 
 
 def test_titles_spell_the_protocol_out():
@@ -115,3 +121,112 @@ def test_features_that_cannot_be_scored(sysu):
     features["visible"][0] = torch.nan
     with pytest.raises(UserError, match=r"SYSU-MM01, all, .*NaN"):
         evaluated.score(features)
+
+
+def test_flipping_averages_an_image_and_its_mirror(sysu):
+    evaluated = Evaluation(sysu, [ALL], [0], 32, 16)
+    plain, both = embed(evaluated), embed(evaluated, flip=True)
+    for modality, rows in evaluated.rows.items():
+        assert both[modality].shape == (2, len(rows), Pixels.dim)
+        torch.testing.assert_close(both[modality][0], plain[modality], rtol=0, atol=0)
+        path, row = next(iter(rows.items()))
+        pixels = read_image(path, 32, 16)
+        own, mirror = F.normalize(Pixels()(normalize(torch.from_numpy(np.stack([pixels, pixels[:, ::-1]])))))
+        assert (own - mirror).abs().max() > 1e-3
+        mean = F.normalize(own + mirror, dim=0)
+        torch.testing.assert_close(both[modality][1, row], mean, rtol=0, atol=1e-6)
+
+
+# ---- what the numbers are based on
+
+
+def write_images(root, folders):
+    """A tree of one tiny image a folder, and the files that list ids."""
+    for folder in folders:
+        draw_images(root / folder, 1)
+    return root
+
+
+def sysu_tree(root, cameras, pids=(1, 2)):
+    (root / "exp").mkdir(parents=True)
+    for name, ids in (("train", "7"), ("val", "8"), ("test", ",".join(map(str, pids)))):
+        (root / "exp" / f"{name}_id.txt").write_text(ids)
+    return write_images(root, [f"cam{camid}/{pid:04d}" for camid in cameras for pid in (*pids, 7, 8)])
+
+
+def test_counts(sysu):
+    evaluated = Evaluation(sysu, [ALL, INDOOR], [0, 1], 32, 16)
+    query, gallery = evaluated.samples[INDOOR, 1]
+    counts = evaluated.counts[INDOOR, 1]
+    images = set(zip(gallery.pids.tolist(), gallery.camids.tolist(), strict=True))
+    matches = [
+        any(own == pid and (camid, other) != (3, 2) for own, other in images)
+        for pid, camid in zip(query.pids, query.camids, strict=True)
+    ]
+    assert (counts.queries, counts.gallery, counts.counted) == (len(query), len(gallery), sum(matches))
+    assert counts.identities == len({*query.pids, *gallery.pids})
+
+
+def test_queries_that_ignore_every_match_do_not_count(tmp_path):
+    evaluated = Evaluation(sysu_tree(tmp_path / "sysu", (2, 3, 6)), [ALL], [0], 32, 16)
+    assert evaluated.counts[ALL, 0] == Counts(queries=4, gallery=2, identities=2, candidates=2, counted=2)
+    assert "4 queries, 2 of them without a match" in str(evaluated.counts[ALL, 0])
+
+
+def test_counts_that_are_not_the_published_ones_are_one_warning(sysu):
+    evaluated = Evaluation(sysu, [ALL, INDOOR], range(10), 32, 16)
+    (warning,) = evaluated.warnings()
+    counts = evaluated.counts[ALL, 0]
+    assert warning == (
+        f"{ALL.title}: not the published counts (in brackets): {counts.queries} queries (3,803), "
+        f"{counts.gallery} gallery images (301), {counts.identities} identities (96), "
+        f"{counts.counted} queries with a match (3,803)"
+    )
+    evaluated.counts = {
+        (ALL, 0): Counts(3803, 301, 96, 96, 3803),
+        (INDOOR, 0): Counts(3803, 112, 96, 56, 2208),
+    }
+    assert evaluated.warnings() == []
+    evaluated.counts[INDOOR, 1] = Counts(3803, 112, 96, 56, 2207)
+    (warning,) = evaluated.warnings()
+    assert warning.startswith(INDOOR.title)
+    assert warning.endswith(": 2,207 queries with a match (2,208)")
+
+
+def test_a_gallery_of_one_identity_means_nothing(tmp_path):
+    evaluated = Evaluation(sysu_tree(tmp_path / "sysu", (1, 6), pids=(4,)), [ALL], [0], 32, 16)
+    assert evaluated.warnings()[1].startswith("a gallery of one identity: its numbers mean nothing")
+
+
+def no_match_of_sysu(tmp_path):
+    rule = "SYSU-MM01, all, .*no query has a match: .*camera 2, which queries of camera 3 ignore"
+    return sysu_tree(tmp_path / "sysu", (2, 3)), ALL, rule
+
+
+def no_match_of_llcm(tmp_path):
+    folders = [f"test_{way}/cam4/{pid:04d}" for way in ("vis", "nir") for pid in (1, 2)]
+    root = write_images(tmp_path / "llcm", folders)
+    (root / "idx").mkdir()
+    (root / "idx" / "test_id.txt").write_text("1,2")
+    return root, Protocol("llcm", "visible-to-infrared"), "LLCM, visible to infrared: no query .*own camera"
+
+
+def no_match_of_regdb(tmp_path):
+    root = write_images(tmp_path / "regdb", ["Visible/1", "Thermal/2"])
+    (root / "idx").mkdir()
+    for word, folder in (("visible", "Visible/1"), ("thermal", "Thermal/2")):
+        (root / "idx" / f"test_{word}_1.txt").write_text(f"{folder}/0000.png {folder[-1]}\n")
+    return root, Protocol("regdb", "infrared-to-visible"), "RegDB, infrared to visible: .*no id is in both"
+
+
+@pytest.mark.parametrize("tree", [no_match_of_sysu, no_match_of_llcm, no_match_of_regdb])
+def test_what_cannot_be_evaluated_is_refused_at_once(tree, tmp_path, train_here):
+    """The evaluation, and so train.py, with --check and without, before it reads a training image."""
+    root, protocol, rule = tree(tmp_path)
+    with pytest.raises(UserError, match=rule):
+        Evaluation(root, [protocol], [DATASETS[protocol.dataset].trials[0]], 32, 16)
+    for more in ([], ["--check"]):
+        flags = "--dataset", protocol.dataset, "--mode", protocol.mode, *tiny_flags(root), *more
+        status, _, (error,) = train_here(*flags)
+        assert status == 2
+        assert re.search(rule, error)

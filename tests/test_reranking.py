@@ -8,8 +8,8 @@ import torch
 from scipy.spatial.distance import cdist
 
 import reranking
-from reranking import k_reciprocal
-from tests.oracles import k_reciprocal_loop
+from reranking import RERANKING, affinity_inference, graph_propagation, k_reciprocal
+from tests.oracles import affinity_inference_loop, graph_propagation_loop, k_reciprocal_loop
 
 
 def unit(rng, num, dim):
@@ -73,8 +73,46 @@ def test_k_reciprocal_in_small_steps(monkeypatch):
     np.testing.assert_allclose(k_reciprocal(*features), expected, rtol=0, atol=1e-6)
 
 
-def test_k_reciprocal_gives_back_what_it_takes():
-    features = torch.nn.functional.normalize(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)))
-    distmat = k_reciprocal(features[:10], features[10:])
+def people(seed, num_query, num_gallery, dim=16):
+    """Unit features of a few people, float32: neighbourhoods within and across them."""
+    rng = np.random.default_rng(seed)
+    num = num_query + num_gallery
+    features = unit(rng, 6, dim)[rng.integers(0, 6, num)] + 0.1 * rng.standard_normal((num, dim))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    return features[:num_query].astype(np.float32), features[num_query:].astype(np.float32)
+
+
+@pytest.mark.parametrize("sizes", [(40, 60), (7, 3), (1, 1)])
+@pytest.mark.parametrize(("k1", "k2"), [(4, 1), (2, 2), (20, 6)])
+def test_affinity_inference_agrees_with_the_loop(sizes, k1, k2):
+    features = people(1, *sizes)
+    np.testing.assert_allclose(
+        affinity_inference(*features, k1, k2), affinity_inference_loop(*features, k1, k2), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("sizes", [(40, 60), (7, 3), (1, 1)])
+@pytest.mark.parametrize(("k1", "k2"), [(26, 7), (5, 2), (3, 3)])
+def test_graph_propagation_agrees_with_the_loop(sizes, k1, k2):
+    features = people(2, *sizes)
+    np.testing.assert_allclose(
+        graph_propagation(*features, k1, k2), graph_propagation_loop(*features, k1, k2), atol=1e-5
+    )
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    features = people(3, 20, 30)
+    expected = affinity_inference(*features), graph_propagation(*features)
+    monkeypatch.setattr(reranking, "BLOCK", 7)
+    for function, distmat in zip((affinity_inference, graph_propagation), expected, strict=True):
+        np.testing.assert_allclose(function(*features), distmat, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RERANKING)
+def test_tensors_give_tensors_and_arrays_arrays(name):
+    features = people(4, 10, 20)
+    distmat = RERANKING[name](*map(torch.from_numpy, features))
     assert distmat.dtype == torch.float32
-    np.testing.assert_allclose(distmat, k_reciprocal(features[:10].numpy(), features[10:].numpy()), atol=1e-6)
+    from_arrays = RERANKING[name](*features)
+    assert isinstance(from_arrays, np.ndarray)
+    np.testing.assert_allclose(distmat, from_arrays, atol=1e-6)

@@ -56,7 +56,7 @@ def write_tiny(path, seed=0, **facts):
 def tiny(monkeypatch):
     """Let test.py build a TinyNetwork from what it is given."""
     monkeypatch.setattr(
-        script, "from_checkpoint", lambda path: TinyNetwork(load_checkpoint(path)["net"]["weight"])
+        script, "build_model", lambda checkpoint, path: TinyNetwork(checkpoint["net"]["weight"])
     )
 
 
@@ -66,7 +66,7 @@ def evaluate(capsys):
 
     def run(*words):
         flags = ["--gpu", "-1", "--workers", "1", "--amp", "off"]
-        script.main(script.get_args_parser().parse_args([*map(str, words), *flags]))
+        script.main([*map(str, words), *flags])
         return capsys.readouterr()
 
     return run
@@ -105,7 +105,9 @@ def trials_of_regdb(tiny, tmp_path):
 
 def table_of(text):
     """{title: its six numbers} of a table in plain text."""
-    lines = (re.split(r"  +", line) for line in text.splitlines()[3:])
+    lines = text.splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("protocol ")) + 1
+    lines = (re.split(r"  +", line) for line in lines[first:])
     return {title: [float(number) for number in numbers] for title, *numbers in lines}
 
 
@@ -350,7 +352,7 @@ def test_regdb_says_over_how_many_trials(trials_of_regdb, regdb, evaluate):
 def test_settings_come_from_the_checkpoint_and_typed_ones_win(sysu_flags, tmp_path):
     settings = tmp_path / "r.json"
     words = [*sysu_flags, "--gpu", -1, "--img_w", 24, "--json", settings]
-    script.main(script.get_args_parser().parse_args(list(map(str, words))))
+    script.main(list(map(str, words)))
     found = json.loads(settings.read_text())["settings"]
     assert (found["dataset"], found["img_h"], found["img_w"], found["amp"]) == ("sysu", 32, 24, "auto")
 
@@ -361,12 +363,81 @@ def test_a_checkpoint_in_the_folder_of_models_is_found_by_its_name(tiny, sysu, e
     assert "found_best.t" in evaluate("--resume", "found_best.t", *flags).out
 
 
-def test_a_model_of_another_dataset_says_so(tiny, regdb, evaluate, tmp_path):
+def test_a_model_that_was_trained_elsewhere_is_tested_on_every_trial(tiny, regdb, evaluate, tmp_path):
     path = write_tiny(tmp_path / "s.t", args={"dataset": "sysu", "img_h": 32, "img_w": 16})
-    written = evaluate("--resume", path, "--data-path", regdb, "--dataset", "regdb", "--trial", 2)
-    assert "trained on SYSU-MM01" in written.out.splitlines()[1]
-    with pytest.raises(UserError, match="--trial N"):
-        evaluate("--resume", path, "--data-path", regdb, "--dataset", "regdb")
+    flags = "--resume", path, "--data-path", regdb, "--dataset", "regdb"
+    TinyNetwork.embedded = 0
+    written = evaluate(*flags)
+    first, second = written.out.splitlines()[:2]
+    assert first == "RegDB, per cent, mean over 10 trials, one model for all of them"
+    assert f"{path}: trained on SYSU-MM01, epoch 7" in second
+    assert TinyNetwork.embedded == 9 * 3 * 2, "an image was embedded for each of its trials"
+    table, one = table_of(written.out), table_of(evaluate(*flags, "--trial", 2).out)
+    assert table["visible to infrared, trial 2"] == one["visible to infrared"]
+    assert len({tuple(table[f"visible to infrared, trial {t}"]) for t in range(1, 11)}) > 2
+
+
+def test_a_model_of_unknown_training_needs_a_trial(tiny, regdb, evaluate, tmp_path):
+    flags = "--resume", write_tiny(tmp_path / "u.t"), "--data-path", regdb, "--dataset", "regdb"
+    size = "--img-h", 32, "--img-w", 16
+    with pytest.raises(UserError, match=r"u\.t does not say what it was trained on: give --trial N"):
+        evaluate(*flags)
+    assert "one model for all" in evaluate(*flags, *size, "--trial", "all").out.splitlines()[0]
+    assert "trial 3 alone" in evaluate(*flags, *size, "--trial", 3).out.splitlines()[0]
+
+
+def test_a_model_of_regdb_without_siblings_is_tested_on_its_own_trial(tiny, regdb, evaluate, tmp_path):
+    settings = {"dataset": "regdb", "trial": "4", "img_h": 32, "img_w": 16}
+    flags = "--resume", write_tiny(tmp_path / "one.t", args=settings), "--data-path", regdb
+    assert evaluate(*flags).out.splitlines()[0] == "RegDB, per cent, trial 4 alone"
+    for trial in (5, "all"):
+        with pytest.raises(UserError, match=r"one\.t was trained on trial 4, whose training images are"):
+            evaluate(*flags, "--trial", trial)
+
+
+def test_the_same_split_again_is_not_refused(tiny, regdb, evaluate, tmp_path):
+    root = tmp_path / "regdb"
+    shutil.copytree(regdb, root)
+    for split in ("train", "test"):
+        for word in ("visible", "thermal"):
+            shutil.copy(root / f"idx/{split}_{word}_4.txt", root / f"idx/{split}_{word}_5.txt")
+    path = write_tiny(tmp_path / "one.t", args={"dataset": "regdb", "trial": "4", "img_h": 32, "img_w": 16})
+    assert "trial 5 alone" in evaluate("--resume", path, "--data-path", root, "--trial", 5).out
+
+
+def test_thermal_is_infrared(trials_of_regdb, regdb, evaluate):
+    flags = "--resume", trials_of_regdb / "run_trial_{trial}_best.t", "--data-path", regdb, "--trial", 1
+    both = evaluate(*flags, "--mode", "visible-to-thermal", "thermal-to-visible").out
+    assert both == evaluate(*flags, "--mode", "visible-to-infrared", "infrared-to-visible").out
+
+
+def test_each_checkpoint_is_read_once(trials_of_regdb, regdb, sysu_flags, evaluate, monkeypatch):
+    read = []
+    original = script.load_checkpoint
+    monkeypatch.setattr(script, "load_checkpoint", lambda path: read.append(str(path)) or original(path))
+    evaluate("--resume", trials_of_regdb / "run_trial_3_best.t", "--data-path", regdb)
+    assert len(read) == len(set(read)) == 10
+    read.clear()
+    evaluate(*sysu_flags)
+    assert read == [str(sysu_flags[1])]
+
+
+def test_what_the_numbers_are_based_on(sysu_flags, evaluate, tmp_path):
+    written = evaluate(*sysu_flags, "--mode", "all", "indoor", "--json", tmp_path / "r.json")
+    _, _, all_, indoor, columns, *rows = written.out.splitlines()
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert len(rows) == len(report["results"]) == 2
+    assert columns.startswith("protocol ")
+    for line, result in zip((all_, indoor), report["results"], strict=True):
+        counts = result["counts"]["0"]
+        assert line == (
+            f"{result['mode']}, single-shot, seeded galleries: {counts['queries']} queries, "
+            f"{counts['queries'] - counts['counted']} of them without a match and left out, "
+            f"{counts['gallery']} gallery images, {counts['identities']} identities"
+        )
+    (warning,) = (line for line in written.err.splitlines() if line.startswith("warning"))
+    assert report["warnings"] == [warning.removeprefix("warning: ")]
+    assert "queries (3,803)" in warning
 
 
 def test_selection_stands_in_the_heading(sysu_flags, evaluate):
@@ -389,12 +460,17 @@ def test_short_galleries_only_when_allowed_and_never_in_silence(sysu_flags, eval
     )
 
 
-def test_reranked_rows_stand_beside_the_plain_ones(sysu_flags, evaluate):
-    plain = table_of(evaluate(*sysu_flags, "--mode", "all", "indoor").out)
-    both = table_of(evaluate(*sysu_flags, "--mode", "all", "indoor", "--rerank", "k-reciprocal").out)
-    assert {title: both[title] for title in plain} == plain
-    assert list(both) == [t for title in plain for t in (title, f"{title}, k-reciprocal re-ranking")]
-    assert any(both[title] != both[f"{title}, k-reciprocal re-ranking"] for title in plain)
+def test_rows_are_labelled_and_the_plain_one_is_first(sysu_flags, evaluate):
+    modes = "--mode", "all", "indoor"
+    more = "--flip", "--rerank", "k-reciprocal", "aim", "gnn"
+    plain = table_of(evaluate(*sysu_flags, *modes).out)
+    everything = table_of(evaluate(*sysu_flags, *modes, *more).out)
+    rerankings = ["", ", k-reciprocal re-ranking", ", aim re-ranking", ", gnn re-ranking"]
+    labels = [flip + rerank for flip in ("", ", flip") for rerank in rerankings]
+    assert list(everything) == [title + label for title in plain for label in labels]
+    assert {title: everything[title] for title in plain} == plain
+    for title in plain:
+        assert len({tuple(everything[title + label]) for label in labels}) > 3, "rows repeat each other"
 
 
 # ---- outputs
@@ -418,6 +494,19 @@ def test_json_tells_what_was_done(sysu_flags, evaluate, tmp_path):
 def test_figure(sysu_flags, evaluate, tmp_path):
     evaluate(*sysu_flags, "--figure", tmp_path / "ranked.png")
     assert (tmp_path / "ranked.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mat_files_hold_every_test_image(sysu, sysu_flags, evaluate, tmp_path):
+    evaluate(*sysu_flags, "--flip", "--save-mat", tmp_path / "mat", "--save-features", tmp_path / "f.npz")
+    features = feature_of(np.load(tmp_path / "f.npz"), sysu)
+    pids = list(map(int, (sysu / "exp/test_id.txt").read_text().split(",")))
+    for camid in range(1, 7):
+        cells = scipy.io.loadmat(tmp_path / "mat" / f"feature_cam{camid}.mat")["feature"]
+        assert cells.shape == (1, max(pids))
+        for pid in range(1, max(pids) + 1):
+            paths = images_below(sysu, f"cam{camid}/{pid:04d}") if pid in pids else []
+            expected = np.array([features[path] for path in paths]).reshape(-1, TinyNetwork.dim)
+            np.testing.assert_array_equal(cells[0, pid - 1], expected)
 
 
 @pytest.mark.skipif(shutil.which("octave-cli") is None, reason="GNU Octave is not installed")
