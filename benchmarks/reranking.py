@@ -1,24 +1,31 @@
 """Re-ranking: sparse products, against loops over dense matrices. Run: python -m benchmarks.reranking"""
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from benchmarks.timing import compare, run_alone
-from eval_metrics import k_reciprocal
+from reranking import RERANKING, k_reciprocal
 from tests.oracles import k_reciprocal_loop
 
 DIM = 2048
+SYSU, REGDB = (3803, 301), (2060, 2060)  # query and gallery images
+SIZES = (SYSU, (5955, 5954), (11129, 11129))  # 4,104 images, and as many as SYSU-MM01 trains on
 
 
-def run(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Return one row a data set: dicts with work, baseline_s, ours_s, ratio, bound, note."""
-    sizes = {"small": (400, 100)} if quick else {"SYSU-MM01": (3803, 301), "RegDB": (2060, 2060)}
-    return [_row(name, *size, device) for name, size in sizes.items()]
+def run(device: str = "cpu", quick: bool = False, sizes: Sequence[tuple[int, int]] = SIZES) -> list[dict]:
+    """Return one row a piece of work: dicts with work, baseline_s, ours_s, ratio, bound, note.
+
+    sizes: (queries, gallery images) that time and memory of every method are measured at.
+    """
+    compared, sizes = ([(400, 100)], [(150, 50)]) if quick else ([SYSU, REGDB], sizes)
+    rows = [_compare(*size, device) for size in compared]
+    return rows + [_measure(name, *size, device) for size in sizes for name in RERANKING]
 
 
-def _row(name: str, num_query: int, num_gallery: int, device: str) -> dict:
+def _compare(num_query: int, num_gallery: int, device: str) -> dict:
     features = draw(num_query, num_gallery)
     on_device = [torch.from_numpy(array).to(device) for array in features]
     results = {}
@@ -32,9 +39,9 @@ def _row(name: str, num_query: int, num_gallery: int, device: str) -> dict:
     seconds = compare(baseline, ours, repeats=3)
     difference = np.abs(results["baseline"] - results["ours"])
     assert difference.max() < 5e-3, "re-ranking disagrees with the loop, which rounds to half precision"
-    memory = [run_alone(prepare, loop, num_query, num_gallery)[1] / 1e6 for loop in (True, False)]
+    memory = [run_alone(prepare, loop, num_query, num_gallery)[1] / 1e6 for loop in (None, "k-reciprocal")]
     return {
-        "work": f"k-reciprocal re-ranking, {name}, {num_query:,} + {num_gallery:,}, D = {DIM:,}",
+        "work": f"k-reciprocal re-ranking, {num_query:,} + {num_gallery:,}, D = {DIM:,}",
         "baseline_s": seconds[0],
         "ours_s": seconds[1],
         "ratio": seconds[0] / seconds[1],
@@ -44,9 +51,24 @@ def _row(name: str, num_query: int, num_gallery: int, device: str) -> dict:
     }
 
 
-def prepare(loop: bool, num_query: int, num_gallery: int):
-    """Return the call whose memory is measured."""
-    return functools.partial(k_reciprocal_loop if loop else k_reciprocal, *draw(num_query, num_gallery))
+def _measure(name: str, num_query: int, num_gallery: int, device: str) -> dict:
+    seconds, memory = run_alone(prepare, name, num_query, num_gallery, device)
+    return {
+        "work": f"{name} re-ranking of {num_query + num_gallery:,} images ({num_query:,} + {num_gallery:,})",
+        "baseline_s": None,
+        "ours_s": seconds,
+        "ratio": None,
+        "bound": None,
+        "note": f"{memory / 1e6:,.0f} MB beyond the features",
+    }
+
+
+def prepare(name: str | None, num_query: int, num_gallery: int, device: str = "cpu"):
+    """Return the call that is measured: a method by its name; None: the loops."""
+    features = draw(num_query, num_gallery)
+    if name is None:
+        return functools.partial(k_reciprocal_loop, *features)
+    return functools.partial(RERANKING[name], *(torch.from_numpy(array).to(device) for array in features))
 
 
 def draw(num_query: int, num_gallery: int) -> tuple[np.ndarray, np.ndarray]:

@@ -72,7 +72,17 @@ def test_the_command_prints_one_table():
     assert f"torch {torch.__version__}" in heading
     assert blank == ""
     assert columns == f"| {' | '.join(COLUMNS)} |"
-    works = ["k-reciprocal", "memories", "embedding", "exact", "search", "preprocessing,"]
+    works = [
+        "k-reciprocal",
+        "k-reciprocal",
+        "aim",
+        "gnn",
+        "memories",
+        "embedding",
+        "exact",
+        "search",
+        "preprocessing,",
+    ]
     if not importlib.util.find_spec("faiss"):
         works.remove("search")
     assert [row.split()[1] for row in rows] == works
