@@ -25,7 +25,9 @@ from augmentation import normalize
 from data_manager import DATASETS
 from devices import Processes
 from eval_metrics import Metrics, summarize
+from evaluation import Features
 from model import extract_features
+from results.events import Board
 from runs import Run, environment
 from training import SELECTION, Training, build_training, get_args_parser, open_run
 from utils import UserError, log, log_to_terminal, run_script
@@ -156,18 +158,18 @@ def refuse_non_finite_weights(model: torch.nn.Module, epoch: int) -> None:
 # --- a run: epochs, evaluation, checkpoints
 
 
-def evaluate(training: Training) -> Metrics:
-    """The metrics of the network as it is now, mean over the trials of the run's protocol."""
+def evaluate(training: Training) -> tuple[Metrics, Features]:
+    """The metrics of the network as it is, mean over the trials of the run's protocol, and its features."""
     args = training.args
     training.model.eval()
     features = training.evaluation.features(
         training.model, training.device, training.dtype, args.test_batch, args.workers, training.processes
     )
     mean, _ = summarize(training.evaluation.score(features)[training.protocol])
-    return mean
+    return mean, features
 
 
-def evaluate_if_due(training: Training, run: Run, board: object | None) -> None:
+def evaluate_if_due(training: Training, run: Run, board: Board) -> None:
     """Evaluate if this epoch is one to evaluate and is not yet, keep the best, save and log.
 
     The epoch is on disk before: whatever an evaluation raises, no epoch is lost, and a run that is stopped in
@@ -177,7 +179,7 @@ def evaluate_if_due(training: Training, run: Run, board: object | None) -> None:
     due = epoch == args.epochs or (epoch > args.eval_start and epoch % args.eval_every == 0)
     if not due or training.evaluated == epoch:
         return
-    metrics = evaluate(training)
+    metrics, features = evaluate(training)
     result = {"epoch": epoch, "rank1": float(metrics.cmc[0]), "mAP": metrics.mAP, "mINP": metrics.mINP}
     # The highest mAP, as in the released code; of equal ones the first.
     is_best = (
@@ -191,31 +193,17 @@ def evaluate_if_due(training: Training, run: Run, board: object | None) -> None:
     values = {"rank-1": metrics.cmc[0], "rank-10": metrics.cmc[9], "mAP": metrics.mAP, "mINP": metrics.mINP}
     words = "  ".join(f"{name} {100 * value:.2f}" for name, value in values.items())
     log.info("  %s: %s%s", training.protocol.title, words, "  (best so far)" if is_best else "")
-    write_scalars(board, values, epoch)
-
-
-def write_scalars(board: object | None, scalars: dict[str, float], epoch: int) -> None:
-    """Send scalars to TensorBoard, if it is there."""
-    if board is not None:
-        for name, value in scalars.items():
-            board.add_scalar(name, value, epoch)
-        board.flush()
-
-
-def open_board(run: Run, epoch: int) -> object | None:
-    """TensorBoard's writer of a run that continues after so many epochs; None, with a warning, without it."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.warning("no TensorBoard curves: the package tensorboard is not installed")
-        return None
-    return SummaryWriter(run.events, purge_step=epoch + 1)
+    board.add_similarities(features, training.evaluation, epoch)
+    board.add_scalars(values, epoch)
 
 
 def fit(training: Training, run: Run) -> None:
     """The epochs of a run: set the rate, rebuild the memory, train, save, evaluate, choose, save."""
     args, processes, loader = training.args, training.processes, training.loader
-    board = open_board(run, training.epoch) if processes.rank == 0 else None
+    board = Board(run.events if processes.rank == 0 else None, training.epoch)
+    if training.epoch == 0:
+        with contextlib.closing(loader.epoch(0)) as batches:  # shows whether augmentation is right
+            board.add_batch(next(batches)[0])
     evaluate_if_due(training, run, board)  # of --epochs 0, and of a run that was stopped in its evaluation
     for epoch in range(training.epoch, args.epochs):
         rate = learning_rate(epoch, args.lr, args.warmup_epochs, args.decay_epochs)
@@ -256,11 +244,10 @@ def fit(training: Training, run: Run) -> None:
         )  # fmt: skip
         scalars = {f"loss/{name}": value for name, value in means.items()}
         scalars |= {"rate": rate, "images per second": speed, "share of waiting for input": waiting}
-        write_scalars(board, scalars, epoch + 1)
+        board.add_scalars(scalars, epoch + 1)
 
         evaluate_if_due(training, run, board)
-    if board is not None:
-        board.close()
+    board.close()
     if training.best:
         epoch, mAP = training.best["epoch"], 100 * training.best["mAP"]
         log.info("best: %s, epoch %d, mAP %.2f", run.best, epoch, mAP)

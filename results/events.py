@@ -1,7 +1,7 @@
 """What TensorBoard shows of a run besides its curves: a batch as the network gets it, and similarities."""
 
+import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,7 @@ import torch.nn.functional as F
 from augmentation import MEAN, STD
 from evaluation import Evaluation, Features
 from results.similarity import equal_error_rate, images_of, overlap, sample_similarities
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from utils import log
 
 ROWS = ("visible", "aux", "infrared")  # from top to bottom
 
@@ -24,26 +22,57 @@ def augmentation_grid(images: Mapping[str, torch.Tensor], columns: int = 8) -> t
     """
     mean, std = (torch.from_numpy(values).view(3, 1, 1) for values in (MEAN, STD))
     rows = []
-    for modality in ROWS:
+    for modality in filter(images.__contains__, ROWS):  # aux may be missing
         some = images[modality][:columns].float().cpu() * std + mean
         some = F.pad(some.clamp(0, 1), (1, 1, 1, 1), value=1.0)  # a white line between images
         rows.append(torch.cat(list(some), dim=2))
     return (255 * torch.cat(rows, dim=1)).round().to(torch.uint8)
 
 
-def add_batch(writer: "SummaryWriter", images: Mapping[str, torch.Tensor], epoch: int) -> None:
-    """Show a training batch, see augmentation_grid."""
-    writer.add_image("augmented: visible, aux, infrared", augmentation_grid(images), epoch)
+class Board:
+    """A run's TensorBoard events; where TensorBoard is missing, one warning, and nothing is written.
 
-
-def add_similarities(writer: "SummaryWriter", features: Features, evaluation: Evaluation, epoch: int) -> None:
-    """Add histograms of similarity within and between identities, by modalities; their overlap and error.
-
-    features: those of every image of evaluation. Pairs are sampled: it takes a fraction of a second.
+    folder: of the events, None to write none (all processes but the first); epoch: how many are trained, so
+    that what a continued run repeats replaces what was there.
     """
-    pids = {modality: samples.pids for modality, samples in images_of(evaluation).items()}
-    for name, pair in sample_similarities(features, pids).items():
-        writer.add_histogram(f"similarity, {name}/within identities", pair.within, epoch)
-        writer.add_histogram(f"similarity, {name}/between identities", pair.between, epoch)
-        writer.add_scalar(f"overlap/{name}", overlap(pair), epoch)
-        writer.add_scalar(f"equal-error rate/{name}", equal_error_rate(pair), epoch)
+
+    def __init__(self, folder: str | os.PathLike | None, epoch: int):
+        self.writer = None
+        if folder is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(folder, purge_step=epoch + 1)
+            except ImportError:
+                log.warning("no TensorBoard curves: the package tensorboard is not installed")
+
+    def add_scalars(self, scalars: Mapping[str, float], epoch: int) -> None:
+        """Add {name: value} of an epoch, and write everything to disk."""
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, epoch)
+            self.writer.flush()
+
+    def add_batch(self, images: Mapping[str, torch.Tensor]) -> None:
+        """Show a training batch, see augmentation_grid."""
+        if self.writer:
+            self.writer.add_image(f"augmented: {', '.join(ROWS)}", augmentation_grid(images), 0)
+
+    def add_similarities(self, features: Features, evaluation: Evaluation, epoch: int) -> None:
+        """Add histograms of similarity within and between identities, by modalities; their overlap and error.
+
+        features: those of every image of evaluation. Pairs are sampled: it takes a fraction of a second.
+        """
+        if not self.writer:
+            return
+        pids = {modality: samples.pids for modality, samples in images_of(evaluation).items()}
+        for name, pair in sample_similarities(features, pids).items():
+            self.writer.add_histogram(f"similarity, {name}/within identities", pair.within, epoch)
+            self.writer.add_histogram(f"similarity, {name}/between identities", pair.between, epoch)
+            self.writer.add_scalar(f"overlap/{name}", overlap(pair), epoch)
+            self.writer.add_scalar(f"equal-error rate/{name}", equal_error_rate(pair), epoch)
+
+    def close(self) -> None:
+        """Write the last events and close the file."""
+        if self.writer:
+            self.writer.close()

@@ -2,7 +2,9 @@
 
 import base64
 import io
+import logging
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from eval_metrics import eval_llcm, eval_regdb, eval_sysu
 from evaluation import Evaluation, Protocol
 from model import TwoStreamResNet
 from results import figures, rankings, sprites
-from results.events import add_batch, add_similarities, augmentation_grid
+from results.events import Board, augmentation_grid
 from results.learning import log_file, read_log
 from results.rankings import camera_pairs, choose_queries, ignored_pairs, rank_queries
 from results.similarity import (
@@ -192,8 +194,9 @@ class Writer:
 
 
 def test_what_tensorboard_gets(sysu):
-    writer = Writer()
-    add_batch(writer, {m: torch.zeros(2, 3, 8, 4) for m in ("visible", "aux", "infrared")}, 0)
+    board = Board(None, 0)
+    board.writer = writer = Writer()
+    board.add_batch({m: torch.zeros(2, 3, 8, 4) for m in ("visible", "aux", "infrared")})
     ((method, grid, epoch),) = writer.added.values()
     assert (method, tuple(grid.shape), epoch) == ("add_image", (3, 30, 12), 0)
 
@@ -206,8 +209,8 @@ def test_what_tensorboard_gets(sysu):
     features = {  # one-hot in the identity, in the order of the rows
         m: torch.eye(len(pids))[np.searchsorted(pids, samples.pids)] for m, samples in images.items()
     }
-    writer = Writer()
-    add_similarities(writer, features, evaluation, 3)
+    board.writer = writer = Writer()
+    board.add_similarities(features, evaluation, 3)
     assert len(writer.added) == 3 * 4
     for name, (method, value, epoch) in writer.added.items():
         assert epoch == 3
@@ -216,6 +219,17 @@ def test_what_tensorboard_gets(sysu):
             assert set(value.tolist()) == {1.0 if "within" in name else 0.0}
         else:
             assert (method, value) == ("add_scalar", 0)
+
+
+def test_a_missing_tensorboard_is_one_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(logging.getLogger("mce"), "propagate", True)
+    board = Board(tmp_path / "events", 0)
+    board.add_scalars({"rate": 1.0}, 1)
+    board.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "tensorboard" in caplog.text
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("stem", ["shared", "two-stream"])
