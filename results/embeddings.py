@@ -24,7 +24,7 @@ from dataset_files import IMAGE_SUFFIXES
 from images import DECODE_PIECE, PixelRange, UnreadableImages, read_image, to_pixels
 from model import TwoStreamResNet, build_model, extract_features
 from training import saved_settings
-from utils import MODALITIES, UserError
+from utils import UserError
 
 BATCH = 64  # images that an Embedder embeds at a time
 
@@ -54,8 +54,8 @@ class Embedder(nn.Module):
         modality: "visible" or "infrared", that of all the images. The features are those of test.py
         --amp off. UnreadableImages names the first file that cannot be read.
         """
-        if modality not in MODALITIES:
-            raise ValueError(f"modality is one of {', '.join(MODALITIES)}, not {modality!r}")
+        if modality not in ("visible", "infrared"):
+            raise ValueError(f"modality is visible or infrared, not {modality!r}")
         if isinstance(images, str | os.PathLike | Image.Image) or not len(images):
             raise ValueError("images is a list of at least one image file or PIL image")
         device = self.network.neck.weight.device
@@ -225,6 +225,7 @@ def embed_files(
     """Yield (unit features (n, D) float32 on the CPU, the n rows of paths, failures), in order, as they come.
 
     Images are read ahead of the network; dtype: autocast's, None for float32; failures as readable_batches.
+    UserError: the network gives NaN or infinity.
     """
     network, device = embedder.network, embedder.network.neck.weight.device
 
@@ -232,6 +233,12 @@ def embed_files(
         with contextlib.closing(readable_batches(paths, embedder.pixels, batch_size, workers)) as parts:
             for pixels, rows, failures in parts:
                 yield pinned(np.stack(pixels), device) if rows else None, rows, failures
+
+    def fetched(features: torch.Tensor, rows: list[int], failures: list[str]) -> tuple:
+        features = features.cpu()
+        if not features.isfinite().all():
+            raise UserError(f"the network gives NaN or infinity for {paths[rows[0]]} or one soon after it")
+        return features, rows, failures
 
     waiting = None  # a batch stays on a GPU until the next one is under way, so that the GPU never waits
     with contextlib.closing(read_ahead(batches(), device)) as items:
@@ -241,7 +248,7 @@ def embed_files(
                 images = normalize(pixels.to(device, non_blocking=True))
                 features = extract_features(network, [images], modality, dtype)
             if waiting:
-                yield waiting[0].cpu(), *waiting[1:]
+                yield fetched(*waiting)
             waiting = features, rows, failures
     if waiting:
-        yield waiting[0].cpu(), *waiting[1:]
+        yield fetched(*waiting)

@@ -22,6 +22,7 @@ import torch
 from utils import UserError, whole_file
 
 MANIFEST = "manifest.json"
+NAME = "[0-9][0-9][0-9]*-[0-9][0-9][0-9][0-9][0-9][0-9]"  # PROCESS-NUMBER, a pattern of a shard's name
 COLUMNS = ("row", "path", "size", "mtime_ns")  # of every shard's table, before what else is known
 
 
@@ -118,7 +119,7 @@ class Shard:
 
 def shards_of(folder: str | os.PathLike) -> list[Shard]:
     """The shards of a folder, by name."""
-    return [Shard(table) for table in sorted(Path(folder).glob("*-*.csv"))]
+    return [Shard(table) for table in sorted(Path(folder).glob(f"{NAME}.csv"))]
 
 
 def write_shard(

@@ -12,7 +12,7 @@ import torch
 from conftest import ENVIRONMENT, draw_images, random_checkpoint
 from PIL import Image
 
-from checkpoints import fingerprint, load_checkpoint
+from checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from images import read_image
 from results.embeddings import embed_files, find_images, open_embedder, readable_batches
 from results.shards import Embeddings, read_manifest, shards_of
@@ -148,6 +148,7 @@ def test_a_killed_run_goes_on(run, checkpoint, tmp_path, monkeypatch):
     assert len(contents(out)) == 6
     assert not read_manifest(out).complete
     (out / ".000-000007.npy.abc.part").write_bytes(b"half")
+    (out / "my-own.npy").write_bytes(b"stays")
     read = []
     monkeypatch.setattr(
         embed, "embed_files", lambda e, paths, *rest: (read.extend(paths), embed_files(e, paths, *rest))[1]
@@ -155,7 +156,7 @@ def test_a_killed_run_goes_on(run, checkpoint, tmp_path, monkeypatch):
     assert run(tmp_path / "in") == 0
     assert read == paths[6:]
     same(contents(out), embedded_anew(checkpoint, paths))
-    assert len(list(out.glob("*.npy"))) == len(shards_of(out))
+    assert len(list(out.glob("*.npy"))) == len(shards_of(out)) + 1
     assert list(out.glob("*.part")) == list(out.glob(".*.part")) == []
     assert read_manifest(out).complete
 
@@ -308,7 +309,7 @@ def test_the_embedder_takes_files_and_open_images(checkpoint, tmp_path):
     torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
     assert not torch.allclose(features, embedder(paths, "visible"), atol=1e-2)
     for images, modality in (([], "visible"), (paths[0], "visible"), (paths, "thermal")):
-        with pytest.raises(ValueError, match=r"images is a list|modality is one of"):
+        with pytest.raises(ValueError, match=r"images is a list|modality is visible"):
             embedder(images, modality)
 
 
@@ -320,3 +321,13 @@ def test_deep_images_are_read_in_the_checkpoint_s_range(tmp_path):
     embedder, _ = open_embedder(random_checkpoint(tmp_path / "a.t", pixel_range=[7000.0, 9000.0]))
     deep, plain = (embedder([tmp_path / name], "infrared") for name in ("deep.png", "plain.png"))
     torch.testing.assert_close(deep, plain)
+
+
+def test_a_network_that_gives_nan_is_refused(run, tmp_path):
+    draw_images(tmp_path / "in", 2)
+    broken = random_checkpoint(tmp_path / "b.t")
+    checkpoint = load_checkpoint(broken)
+    checkpoint["net"]["neck.running_mean"][:] = float("nan")
+    save_checkpoint(checkpoint, broken)
+    with pytest.raises(UserError, match=r"gives NaN or infinity for .*0000.png"):
+        run(tmp_path / "in", resume=broken)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from devices import Processes, autocast_dtype, select_device
 from results.embeddings import Found, embed_files, find_images, open_embedder
-from results.shards import COLUMNS, Manifest, read_manifest, shards_of, write_manifest, write_shard
+from results.shards import COLUMNS, NAME, Manifest, read_manifest, shards_of, write_manifest, write_shard
 from utils import Parser, UserError, at_least, device_flags, log, log_to_terminal, run_script
 
 SHARD_ROWS = 16384  # of 2,048 dimensions: 67 MB, which a process holds until they are written
@@ -99,7 +99,7 @@ def tidy(folder: Path, found: Found) -> int:
     Clears away also what an interrupted run left half-written.
     """
     tables = {shard.table for shard in shards_of(folder)}
-    for file in [*folder.glob(".*.part"), *folder.glob("*-*.npy")]:
+    for file in [*folder.glob(f".{NAME}.*.part"), *folder.glob(f"{NAME}.npy")]:
         if file.with_suffix(".csv") not in tables:
             file.unlink()
     place = {path: k for k, path in enumerate(found.paths)}
