@@ -1,0 +1,180 @@
+"""What each part of the method is worth, on synthetic data; a night on two CPU cores:
+
+    python -m tools.ablation --output ablation --table docs/evidence.md
+
+Trains every variant with train.py and tests it with test.py, three times: run k of each has the same dataset,
+initial weights and batches, those of seed k. Stop it when you like: the same command does what is missing.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from utils import Parser, UserError, at_least, device_flags, run_script, whole_file
+
+HERE = Path(__file__).resolve().parents[1]
+SIZE = ("--img-h", "48", "--img-w", "24")
+PEOPLE = ("--identities", "100", "--test-identities", "40", "--images", "2", "--img-h", "96", "--img-w", "40")
+TRAINING = (
+    "--arch", "resnet18", "--stem", "shared", "--weights", "none", "--batch-size", "8", "--num-pos", "2",
+    "--pad", "3", "--lr", "0.001", "--warmup-epochs", "1", "--decay-epochs", "4", "6", "--epochs", "6",
+    "--select", "last", "--mode", "all",
+)  # fmt: skip
+QUICK_PEOPLE = ("--identities", "8", "--test-identities", "3", "--images", "1", *PEOPLE[6:])
+FULL = "full method"
+VARIANTS = {  # in the order of the training, the most telling first; later flags win over TRAINING
+    FULL: "",
+    "baseline: identity and weighted triplet": "--loss weighted-triplet",
+    "baseline: identity and hard triplet": "--loss hard-triplet",
+    "without `align`": "--loss-weights align=0",
+    "without the modality memories (`visible`, `infrared`, `aux`, `align`)": "--loss-weights visible=0 "
+    "infrared=0 aux=0 align=0",
+    "without the `shared` memory's term": "--loss-weights shared=0",
+    "without `center`": "--loss-weights center=0",
+    "without aux images": "--no-aux",
+    "two stems": "--stem two-stream",
+    "`shared` updated with means": "--update mean",
+    "`align` on updated proxies": "--proxies updated",
+    "`align` on both": "--proxies both",
+    "without `visible`": "--loss-weights visible=0",
+    "without `infrared`": "--loss-weights infrared=0",
+    "without `aux`": "--loss-weights aux=0",
+    "untrained": "--epochs 0",
+}
+MODES, METRICS = ("all", "indoor"), ("rank-1", "mAP")
+BEGIN, END = "<!-- python -m tools.ablation writes this table -->", "<!-- end of the table -->"
+
+
+def get_args_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m tools.ablation",
+        description="Train the method's variants on synthetic data, and compare them with the full method.",
+        parents=[device_flags()],
+    )
+    add = parser.add_argument
+    add(
+        "--output", default="ablation", metavar="DIR", help="folder of data, runs and results.json (ablation)"
+    )
+    add("--seeds", type=at_least(1), default=3, metavar="N", help="runs of each variant, seeds 0 to N-1 (3)")
+    add("--table", metavar="FILE.md", help="also put the table between the two marks in this file")
+    add("--quick", action="store_true", help="8 identities and one epoch: whether it works, and no evidence")
+    return parser
+
+
+def run(script: str, *words: object) -> None:
+    """Print the command of a script or a package and run it; UserError with its last lines if it fails."""
+    words = list(map(str, words))
+    print(f"$ {shlex.join(['python', *script.split(), *words])}", flush=True)
+    script_words = [HERE / script] if script.endswith(".py") else script.split()
+    environment = os.environ | {"PYTHONPATH": str(HERE)}
+    done = subprocess.run(
+        [sys.executable, *script_words, *words], env=environment, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"{script} ended with status {done.returncode}: {done.stdout.strip()[-500:]}")
+
+
+def draw_data(root: Path, seed: int, quick: bool, workers: int) -> None:
+    """The dataset of a seed, if it is not there yet."""
+    if not root.exists():
+        people = QUICK_PEOPLE if quick else PEOPLE
+        run("-m synthetic", "--dataset", "sysu", "--data-path", root, *people, "--seed", seed)
+    run("pre_process_sysu.py", "--data-path", root, *SIZE, "--workers", workers)
+
+
+def train_and_test(out: Path, variant: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
+    """Per cent of each mode and metric, and the seconds that it took; leaves the log and no checkpoint."""
+    start = time.perf_counter()
+    name = f"{list(VARIANTS).index(variant):02}_seed{seed}"
+    data, last, report = out / f"sysu_seed{seed}", out / "save_model" / f"{name}_last.t", out / f"{name}.json"
+    machine = (
+        "--gpu", args.gpu, "--amp", args.amp, "--workers", args.workers, "--test-batch", args.test_batch,
+    )  # fmt: skip
+    own = (*(("--epochs", 1) if args.quick else ()), *VARIANTS[variant].split())
+    run(
+        "train.py", "--data-path", data, *SIZE, *TRAINING, *own, "--seed", seed, *machine, "--name", name,
+        "--model-path", last.parent, "--log-path", out / "log", "--resume", "auto",
+    )  # fmt: skip
+    run("test.py", "--resume", last, "--data-path", data, "--mode", *MODES, *machine, "--json", report)
+    means = {row["mode"]: row["mean"] for row in json.loads(report.read_text())["results"]}
+    found = {f"{m} rank-1": 100 * means[m]["cmc"][0] for m in MODES}
+    found |= {f"{m} mAP": 100 * means[m]["mAP"] for m in MODES}
+    last.unlink()  # 45 of them are several GB
+    return found | {"seconds": time.perf_counter() - start}
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean ± standard deviation of the runs."""
+    if not values:
+        return "not measured"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else " (one run)"
+    return f"{statistics.mean(values):{sign}.1f}{deviation}"
+
+
+def table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The results in Markdown: each variant's metrics, and its runs' differences from the full method's."""
+    columns = [f"{mode} {metric}" for mode in MODES for metric in METRICS]
+    heads = ["variant", "runs", *columns, *(f"Δ {mode} mAP" for mode in MODES)]
+    lines = [heads, ["---", *(["--:"] * (len(heads) - 1))]]
+    full = runs.get(FULL, {})
+    for variant in VARIANTS:
+        own = runs.get(variant, {})
+        cells = [spread([found[column] for found in own.values()]) for column in columns]
+        for mode in MODES:
+            pairs = [found[f"{mode} mAP"] - full[k][f"{mode} mAP"] for k, found in own.items() if k in full]
+            cells.append("" if variant == FULL else spread(pairs, "+"))
+        lines.append([variant, str(len(own)), *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_table(path: Path, text: str) -> None:
+    """Put the table between the marks in a file; UserError if they are not there."""
+    try:
+        before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+        _, after = rest.split(END)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--table {path}: no file with one {BEGIN} and one {END}") from error
+    with whole_file(path) as temporary:
+        temporary.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Do the runs that are missing, the most telling variants first, and print the table."""
+    out = Path(args.output)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "results.json"
+    settings = {"quick": args.quick, "amp": args.amp, "training": list(TRAINING), "people": list(PEOPLE)}
+    results = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": {}}
+    if results["settings"] != settings:
+        raise UserError(f"{path} has runs of other settings: choose another --output")
+    runs, seeds = results["runs"], [str(seed) for seed in range(args.seeds)]
+    missing = [(v, seed) for v in VARIANTS for seed in seeds if seed not in runs.get(v, {})]
+    for seed in dict.fromkeys(seed for _, seed in missing):
+        draw_data(out / f"sysu_seed{seed}", seed, args.quick, args.workers)
+    for k, (variant, seed) in enumerate(missing):
+        found = train_and_test(out, variant, seed, args)
+        runs.setdefault(variant, {})[seed] = found
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        mean = statistics.mean(own["seconds"] for done in runs.values() for own in done.values())
+        left = (len(missing) - k - 1) * mean / 60
+        print(
+            f"{variant}, seed {seed}: all mAP {found['all mAP']:.1f}, {found['seconds']:.0f} s; "
+            f"about {left:.0f} min left", flush=True,
+        )  # fmt: skip
+    text = table(runs)
+    print(text)
+    if args.table:
+        write_table(Path(args.table), text)
+
+
+if __name__ == "__main__":
+    run_script(main, get_args_parser().parse_args)
