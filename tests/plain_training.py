@@ -4,6 +4,7 @@ The loss, the memory's update and Adam are plain_mce's; the network is train.py'
 """
 
 from copy import deepcopy
+from itertools import islice
 
 import plain_mce
 import torch
@@ -12,6 +13,7 @@ from conftest import tiny_flags
 from augmentation import normalize
 from data_loader import generator
 from devices import Processes
+from train import train_one_epoch
 from training import Training, build_training, open_run
 from utils import MODALITIES
 
@@ -22,6 +24,11 @@ def start_training(root, *flags) -> Training:
     """What train.py trains with on a tiny dataset at root."""
     args, _, _ = open_run([*tiny_flags(root), *map(str, flags)])
     return build_training(args, None, Processes())
+
+
+def take_steps(training: Training, steps: int) -> torch.Tensor:
+    """Take the first steps of epoch 0; their losses."""
+    return train_one_epoch(training, islice(training.loader.epoch(0), steps), 0)
 
 
 class PlainTraining:

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 from conftest import run_script, tiny_flags
-from plain_training import assert_state, start_training, tables
+from plain_training import assert_state, start_training, tables, take_steps
 
 from checkpoints import load_checkpoint
 from eval_metrics import k_reciprocal
@@ -23,11 +23,6 @@ def weights_and_gradients(training):
     moments = {f"gradient {k}": own["exp_avg"] for k, own in enumerate(training.optimizer.state.values())}
     everything = dict(training.model.state_dict()) | moments
     return {name: value.detach().clone().cpu() for name, value in everything.items()}
-
-
-def take_steps(training, steps):
-    """The losses of the first steps of epoch 0."""
-    return train_one_epoch(training, islice(training.loader.epoch(0), steps), 0)
 
 
 def test_a_step_is_the_cpus(sysu):

@@ -11,7 +11,15 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, REPOSITORY, run_script, tiny_flags
 from PIL import Image
-from plain_training import PlainTraining, assert_state, plain_tables, start_training, state, tables
+from plain_training import (
+    PlainTraining,
+    assert_state,
+    plain_tables,
+    start_training,
+    state,
+    tables,
+    take_steps,
+)
 
 import synthetic
 import train
@@ -44,7 +52,7 @@ def test_steps_do_what_the_method_says(sysu, proxies):
     rebuild_memory(training, 0)
     begin, plain = state(training), PlainTraining(training)
     batches = list(training.loader.epoch(0))[:3]
-    losses = train_one_epoch(training, iter(batches), 0)
+    losses = train_one_epoch(training, batches, 0)
     expected = torch.cat([plain.step([batch], training.args.lr) for batch in batches])
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
     assert_state(state(training), plain.state(), begin)
@@ -62,7 +70,7 @@ def test_visible_and_aux_images_go_through_one_stem_and_infrared_through_the_oth
         "aux": torch.full(size, 3.0),
         "infrared": torch.full(size, -2.0),
     }
-    train_one_epoch(training, iter([(images, torch.tensor([0, 0, 1, 1]))]), 0)
+    train_one_epoch(training, [(images, torch.tensor([0, 0, 1, 1]))], 0)
     for name, modalities in {"visible": ("visible", "aux"), "infrared": ("infrared",)}.items():
         maps = convolutions[name](torch.cat([images[modality] for modality in modalities]))
         found = training.model.stems[name][1].running_mean
@@ -78,7 +86,7 @@ def test_a_step_in_a_scaled_loss_is_the_same_step(sysu):
         training.scaler = scaler  # as float16 on a GPU has it
         rebuild_memory(training, 0)
         begin = state(training)
-        train_one_epoch(training, iter(list(training.loader.epoch(0))[:2]), 0)
+        take_steps(training, 2)
         steps.append(state(training))
     assert_state(*steps, begin)
 
@@ -88,7 +96,7 @@ def test_a_step_that_overflows_changes_no_weight_and_halves_the_scale(sysu):
     training.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     rebuild_memory(training, 0)
     begin = deepcopy(dict(training.model.named_parameters()))
-    train_one_epoch(training, iter([next(training.loader.epoch(0))]), 0)
+    take_steps(training, 1)
     assert training.scaler.get_scale() == 2.0**126
     for name, weight in training.model.named_parameters():
         assert torch.equal(weight, begin[name]), name
@@ -99,7 +107,7 @@ def test_amp_is_the_precision_of_steps_and_of_the_memory(sysu):
     seen = []
     training.model.layer1.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
     rebuild_memory(training, 0)
-    train_one_epoch(training, iter([next(training.loader.epoch(0))]), 0)
+    take_steps(training, 1)
     assert len(seen) > 1
     assert set(seen) == {torch.bfloat16}
     assert all(table.dtype == torch.float32 for table in tables(training).values())
@@ -107,9 +115,7 @@ def test_amp_is_the_precision_of_steps_and_of_the_memory(sysu):
 
 def test_the_memory_is_rebuilt_from_class_means_of_features_as_in_evaluation(sysu):
     training = start_training(sysu, "--test-batch", 7)
-    train_one_epoch(
-        training, iter([next(training.loader.epoch(0))]), 0
-    )  # statistics of its own, training mode
+    take_steps(training, 1)  # statistics of its own, in training mode
     begin = deepcopy(training.model.state_dict())
     rebuild_memory(training, 3)
     assert all(torch.equal(value, begin[name]) for name, value in training.model.state_dict().items())
