@@ -96,7 +96,7 @@ def test_the_numbers_are_those_of_test_py(page, runs, sysu, tmp_path):
             "--json",
             tmp_path / "r.json",
         )
-        script.main(script.get_args_parser().parse_args([*map(str, words), *MACHINE]))
+        script.main([*map(str, words), *MACHINE])
         for result in json.loads((tmp_path / "r.json").read_text())["results"]:
             title = "all, single-shot, seeded galleries"
             title += f", {result['rerank']} re-ranking" if result["rerank"] else ""
