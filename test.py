@@ -117,7 +117,8 @@ def parse_args(command: Sequence[str]) -> tuple[argparse.Namespace, list[Model]]
     saved = {key: value for key, value in models[0].settings.items() if value is not None}
     facts = DATASETS[typed.dataset]  # find_models has filled it in
     modes = ["all"] if typed.dataset == "sysu" else list(facts.modes)
-    parser.set_defaults(dataset=typed.dataset, mode=modes, img_h=facts.height, img_w=facts.width)
+    parser.set_defaults(dataset=typed.dataset, trial=typed.trial or "all", mode=modes)
+    parser.set_defaults(img_h=facts.height, img_w=facts.width)
     parser.set_defaults(**{key: saved[key] for key in ("img_h", "img_w", "amp") if key in saved})
     args = parser.parse_args(command)
     if args.save_mat and args.dataset != "sysu":
@@ -142,16 +143,16 @@ def find_models(args: argparse.Namespace) -> list[Model]:
     model = None if "{trial}" in args.resume else read_model(path)
     settings = model.settings if model else {"dataset": "regdb"}
     args.dataset = args.dataset or settings.get("dataset", "sysu")
-    title = DATASETS[args.dataset].title
-    if model is None and args.dataset != "regdb":
-        raise UserError(f"--resume {path}: {title} has no model for each trial, only RegDB has")
-    trained_here = args.dataset == settings.get("dataset") == "regdb"
-    pattern = TRIAL_IN_NAME.sub("_trial_{trial}", path.name)
-    if trained_here and "{trial}" in str(path.with_name(pattern)):
-        return models_of_trials(args, str(path.with_name(pattern)), model)
-    if trained_here:
-        args.trial = args.trial or settings["trial"]
-    elif args.dataset == "regdb" and args.trial is None and not settings:
+    if args.dataset != "regdb":
+        if model is None:
+            title = DATASETS[args.dataset].title
+            raise UserError(f"--resume {path}: {title} has no model for each trial, only RegDB has")
+    elif settings.get("dataset") == "regdb":
+        pattern = str(path.with_name(TRIAL_IN_NAME.sub("_trial_{trial}", path.name)))
+        if "{trial}" in pattern:
+            return models_of_trials(args, pattern, model)
+        args.trial = args.trial or settings.get("trial")
+    if args.dataset == "regdb" and args.trial is None and settings.get("dataset", "regdb") == "regdb":
         raise UserError(
             f"--resume {path} does not say what it was trained on: give --trial N, or --trial all for one "
             "model on all of RegDB's trials"
@@ -203,8 +204,8 @@ def read_model(path: Path) -> Model:
 
 
 def refuse_trained_on(model: Model, root: Path) -> None:
-    """UserError if a model was trained on RegDB images that one of its trials tests on."""
-    if model.settings.get("dataset") != "regdb":
+    """UserError if one of the RegDB trials that a model is tested on has images that it was trained on."""
+    if model.settings.get("dataset") != "regdb" or not model.settings.get("trial"):
         return
     own, modes = int(model.settings["trial"]), DATASETS["regdb"].modes
     parts = data_manager.train_samples("regdb", root, own).values()
@@ -295,7 +296,7 @@ def main(command: Sequence[str]) -> None:
     evaluation = Evaluation(
         root, protocols, trials, args.img_h, args.img_w, args.allow_short, more=every_image
     )
-    for model in models:
+    for model in models if args.dataset == "regdb" else ():
         refuse_trained_on(model, root)
     for path in (args.json, args.save_features, args.figure, args.save_mat and mat_file(args.save_mat, 1)):
         if path:

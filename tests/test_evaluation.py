@@ -11,8 +11,9 @@ from augmentation import normalize
 from data_manager import DATASETS
 from devices import Processes
 from eval_metrics import eval_sysu
-from evaluation import Counts, Evaluation, Protocol
+from evaluation import Counts, Evaluation, Protocol, reranking_of
 from images import read_image
+from reranking import affinity_inference
 from utils import UserError
 
 ALL, INDOOR = Protocol("sysu", "all"), Protocol("sysu", "indoor")
@@ -135,6 +136,23 @@ def test_flipping_averages_an_image_and_its_mirror(sysu):
         assert (own - mirror).abs().max() > 1e-3
         mean = F.normalize(own + mirror, dim=0)
         torch.testing.assert_close(both[modality][1, row], mean, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "neighbours"),
+    [
+        (ALL, (4, 1)),
+        (INDOOR, (2, 2)),
+        (Protocol("sysu", "indoor", 10), (20, 6)),
+        (Protocol("regdb", "visible-to-infrared"), (8, 2)),
+        (Protocol("llcm", "infrared-to-visible"), (8, 2)),
+    ],
+)
+def test_affinity_inference_has_the_neighbourhoods_of_the_gallery(protocol, neighbours):
+    features = [F.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(n))) for n in (20, 40)]
+    expected = affinity_inference(*features, *neighbours)
+    torch.testing.assert_close(reranking_of(protocol, "aim")(*features), expected)
+    assert reranking_of(protocol, None) is None
 
 
 # ---- what the numbers are based on

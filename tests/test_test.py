@@ -18,6 +18,7 @@ from conftest import REPOSITORY, run_script
 import images
 import synthetic
 from checkpoints import load_checkpoint, save_checkpoint
+from tests.oracles import evaluate_loop
 from utils import UserError
 
 spec = importlib.util.spec_from_file_location(
@@ -120,20 +121,11 @@ def in_table(metrics):
 # ---- an oracle: docs/method.md, section 8, in naive loops
 
 
-def naive_metrics(query, gallery, ignore, by_identity):
+def naive_metrics(query, gallery, protocol):
     """Mean CMC, mAP, mINP; query and gallery: lists of (feature, pid, camid)."""
-    curves, precisions, inverses = [], [], []
-    for feature, pid, camid in query:
-        compared = [image for image in gallery if not ignore(pid, camid, image[1], image[2])]
-        ranking = [pid_ for _, pid_ in sorted((-float(feature @ f), p) for f, p, _ in compared)]
-        if pid not in ranking:
-            continue
-        places = [k for k, other in enumerate(ranking, start=1) if other == pid]
-        precisions.append(np.mean([k / place for k, place in enumerate(places, start=1)]))
-        inverses.append(len(places) / places[-1])
-        first = list(dict.fromkeys(ranking)).index(pid) if by_identity else places[0] - 1
-        curves.append([float(first < rank) for rank in range(1, 21)])
-    return {"cmc": np.mean(curves, axis=0), "mAP": np.mean(precisions), "mINP": np.mean(inverses)}
+    distmat = np.array([[-float(feature @ other) for other, _, _ in gallery] for feature, _, _ in query])
+    ids = [np.array([image[k] for image in images]) for k in (1, 2) for images in (query, gallery)]
+    return dict(zip(("cmc", "mAP", "mINP"), evaluate_loop(distmat, *ids, protocol), strict=True))
 
 
 def images_below(root, folder):
@@ -217,8 +209,7 @@ def test_sysu_agrees_with_naive_loops(sysu, sysu_flags, evaluate, tmp_path, gall
                     naive_gallery(sysu, pids, {c: f"cam{c}" for c in cameras}, result["shot"], t, cells),
                     features,
                 ),
-                lambda _, q_camid, __, g_camid: q_camid == 3 and g_camid == 2,
-                by_identity=True,
+                "sysu",
             )
             for t in range(10)
         ]
@@ -255,8 +246,7 @@ def test_llcm_agrees_with_naive_loops(tiny, llcm, evaluate, tmp_path):
             expected = naive_metrics(
                 with_features(query, features),
                 with_features(naive_gallery(llcm, pids, folders[gallery_modality], 1, t), features),
-                lambda q_pid, q_camid, g_pid, g_camid: (q_pid, q_camid) == (g_pid, g_camid),
-                by_identity=True,
+                "llcm",
             )
             assert_equal(result["trials"][str(t)], expected)
 
@@ -278,7 +268,7 @@ def test_regdb_agrees_with_naive_loops(trials_of_regdb, regdb, evaluate, tmp_pat
     for result, (query, gallery) in zip(
         results, (("visible", "thermal"), ("thermal", "visible")), strict=True
     ):
-        expected = naive_metrics(images[query], images[gallery], lambda *_: False, by_identity=False)
+        expected = naive_metrics(images[query], images[gallery], "regdb")
         assert_equal(result["trials"]["4"], expected)
 
 
@@ -377,13 +367,23 @@ def test_a_model_that_was_trained_elsewhere_is_tested_on_every_trial(tiny, regdb
     assert len({tuple(table[f"visible to infrared, trial {t}"]) for t in range(1, 11)}) > 2
 
 
-def test_a_model_of_unknown_training_needs_a_trial(tiny, regdb, evaluate, tmp_path):
-    flags = "--resume", write_tiny(tmp_path / "u.t"), "--data-path", regdb, "--dataset", "regdb"
+@pytest.mark.parametrize("facts", [{}, {"args": {"dataset": "regdb"}}])
+def test_a_model_of_unknown_training_needs_a_trial(tiny, regdb, evaluate, tmp_path, facts):
+    flags = "--resume", write_tiny(tmp_path / "u.t", **facts), "--data-path", regdb, "--dataset", "regdb"
     size = "--img-h", 32, "--img-w", 16
     with pytest.raises(UserError, match=r"u\.t does not say what it was trained on: give --trial N"):
         evaluate(*flags)
     assert "one model for all" in evaluate(*flags, *size, "--trial", "all").out.splitlines()[0]
     assert "trial 3 alone" in evaluate(*flags, *size, "--trial", 3).out.splitlines()[0]
+
+
+def test_a_model_of_regdb_is_tested_on_another_dataset(tiny, sysu, evaluate, tmp_path):
+    path = write_tiny(
+        tmp_path / "run_trial_4_best.t", args={"dataset": "regdb", "trial": "4", "img_h": 32, "img_w": 16}
+    )
+    written = evaluate("--resume", path, "--data-path", sysu, "--dataset", "sysu")
+    assert written.out.splitlines()[0] == "SYSU-MM01, per cent, mean over 10 trials"
+    assert "trained on RegDB" in written.out.splitlines()[1]
 
 
 def test_a_model_of_regdb_without_siblings_is_tested_on_its_own_trial(tiny, regdb, evaluate, tmp_path):
@@ -420,6 +420,20 @@ def test_each_checkpoint_is_read_once(trials_of_regdb, regdb, sysu_flags, evalua
     read.clear()
     evaluate(*sysu_flags)
     assert read == [str(sysu_flags[1])]
+
+
+def test_images_are_decoded_again_for_another_pixel_range(tiny, regdb, evaluate, tmp_path, monkeypatch):
+    for t in range(1, 11):
+        settings = {"dataset": "regdb", "trial": str(t), "img_h": 32, "img_w": 16}
+        settings["pixel_range"] = [0.0, 100.0] if t < 5 else [5.0, 200.0]
+        write_tiny(tmp_path / f"run_trial_{t}_best.t", t, args=settings)
+    loaded = []
+    original = script.Evaluation.load
+    monkeypatch.setattr(
+        script.Evaluation, "load", lambda self, *a: loaded.append(self.pixel_range) or original(self, *a)
+    )
+    evaluate("--resume", tmp_path / "run_trial_{trial}_best.t", "--data-path", regdb)
+    assert loaded == [[0.0, 100.0], [5.0, 200.0]]
 
 
 def test_what_the_numbers_are_based_on(sysu_flags, evaluate, tmp_path):
