@@ -17,7 +17,7 @@ from results import search as library
 from results.embeddings import open_embedder
 from results.search import nearest, nearest_by_index, open_index
 from results.shards import Embeddings, Manifest, Shard, shards_of, write_manifest, write_shard
-from tools import search
+from tools import embed, search
 from utils import UserError, log_to_terminal
 
 DIM = 512
@@ -102,33 +102,32 @@ def made_by(checkpoint):
     return fingerprint(load_checkpoint(checkpoint))
 
 
-def test_from_images_to_results(checkpoint, tmp_path):
-    """The commands as users type them: embed, then search; every image finds itself first."""
+def test_from_images_to_results(run, checkpoint, tmp_path):
+    """Embed, then search, as users type it: every image finds itself first."""
     paths = draw_images(tmp_path / "in", 4)
     table = tmp_path / "t.csv"
     table.write_text("path,pid\n" + "".join(f"in/{k:04d}.png,P{k}\n" for k in range(4)))
-    common = ["--resume", checkpoint, "--gpu", "-1", "--amp", "off"]
-    words = ["--images", table, "--modality", "infrared", "--output", "gallery"]
-    assert run_script("tools.embed", *common, *words, cwd=tmp_path).returncode == 0
-    words = ["--gallery", "gallery", "--query", "in", "--query-modality", "infrared", "--top", "3"]
-    done = run_script("tools.search", *common, *words, "--report", "report", "--json", cwd=tmp_path)
+    words = ["--resume", checkpoint, "--images", table, "--modality", "infrared", "--gpu", "-1"]
+    words += ["--output", tmp_path / "gallery", "--img-h", "40"]  # not what the checkpoint says
+    assert embed.main(embed.get_args_parser().parse_args(list(map(str, words)))) == 0
+
+    words = ["--resume", checkpoint, "--gpu", "-1", "--gallery", "gallery", "--query", "in"]
+    words += ["--query-modality", "infrared", "--top", "3", "--json", "--report", "report"]
+    done = run_script("tools.search", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert [result["query"] for result in results] == paths
     for k, result in enumerate(results):
         first, *others = result["hits"]
-        assert first == {
-            "rank": 1,
-            "similarity": pytest.approx(1, abs=1e-3),
-            "path": paths[k],
-            "known": {"pid": f"P{k}"},
-        }
+        assert first.pop("similarity") == pytest.approx(1, abs=1e-3)
+        assert first == {"rank": 1, "path": paths[k], "known": {"pid": f"P{k}"}}
         assert [hit["rank"] for hit in others] == [2, 3]
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 4 * (1 + 3)
     assert page.count("pid P2") >= 1
-    done = run_script("tools.search", *common, *words, cwd=tmp_path)
-    heading, first, *_ = done.stdout.splitlines()
+
+    _, output, _ = run(tmp_path / "in", "--top", "3")
+    heading, first, *_ = output.splitlines()
     assert (heading, first.split()) == (paths[0], ["1", first.split()[1], paths[0], "pid", "P0"])
 
 
