@@ -59,6 +59,36 @@ class Protocol:
         return ", ".join(words)
 
 
+def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
+    """What a checkpoint says that it was trained with, by train.py's flags; {} for the released code's.
+
+    Raises UserError naming path for a setting that evaluation reads and that cannot be.
+    """
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    valid = {
+        "dataset": lambda value: isinstance(value, str) and value in DATASETS,
+        "img_h": lambda value: number(value) and value >= 8,
+        "img_w": lambda value: number(value) and value >= 8,
+        "amp": lambda value: value in ("auto", "bf16", "fp16", "off"),
+        "trial": lambda value: value is None or (isinstance(value, str) and value.isdecimal()),
+        "pixel_range": lambda value: value is None or (len(value) == 2 and all(map(number, value))),
+    }
+    settings = checkpoint.get("args")
+    if not isinstance(settings, dict):
+        return {}
+    for key, holds in valid.items():
+        try:
+            good = key not in settings or holds(settings[key])
+        except TypeError:  # no length, say
+            good = False
+        if not good:
+            raise UserError(f"{path}: its settings are refused: {key} {settings[key]!r}")
+    return settings
+
+
 def mode_name(text: str) -> str:
     """An argparse type: the name of a mode; RegDB calls its infrared images thermal."""
     return text.replace("thermal", "infrared")

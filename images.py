@@ -135,7 +135,7 @@ def find_pixel_range(
     flag = "" if given is None else f"--pixel-range {given[0]:g} {given[1]:g}"
     if given is not None and not given[0] < given[1]:
         raise UserError(f"{flag}: the first must be less than the second")
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
         deep = [pair for pair in pool.map(ends, paths) if pair is not None]
     if not deep:
         if given is not None:
@@ -195,7 +195,7 @@ def decode(
     starts = iter(range(0, len(paths), batch_size))
     ahead = 2 + DECODE_PIECE * workers // batch_size
     failures = []
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(max(workers, 1))
     try:
         pending = deque(submit(start) for start in islice(starts, ahead))
         while pending:

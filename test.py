@@ -1,4 +1,4 @@
-"""Evaluate checkpoints: tables, JSON, features, a picture of ranked results:
+"""Evaluate checkpoints: tables, JSON, features:
 
     python test.py --mode all --resume save_model/RUN_best.t --gpu 0 --dataset sysu
     python test.py --mode all indoor --shot 1 10 --resume save_model/RUN_best.t --rerank k-reciprocal --flip
@@ -10,27 +10,31 @@ The table goes to standard output, everything else to standard error.
 import argparse
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import data_manager
 from checkpoints import load_checkpoint
 from data_manager import DATASETS
 from devices import Processes, autocast_dtype, select_device
-from eval_metrics import top_k
-from evaluation import Evaluation, Features, Protocol, mode_name
+from evaluation import Evaluation, Features, Protocol, mode_name, saved_settings
 from model import build_model
 from reranking import RERANKING
-from results.exports import mat_file, save_features, save_json, save_mat
-from results.figures import ranked_results
+from results.exports import save_features, save_json, save_mat
 from results.tables import STYLES, Results, heading, results_table, table_rows
-from training import saved_settings
-from utils import Parser, UserError, data_flags, device_flags, log, log_to_terminal, run_script
+from utils import (
+    Parser,
+    UserError,
+    data_flags,
+    device_flags,
+    log,
+    log_to_terminal,
+    refuse_unwritable,
+    run_script,
+)
 
 TRIAL_IN_NAME = re.compile(r"_trial_\d+(?=_)")
 
@@ -102,7 +106,6 @@ def get_args_parser() -> Parser:
     outputs.add_argument(
         "--save-mat", metavar="DIR", help="features for the SYSU-MM01 authors' MATLAB evaluation"
     )
-    outputs.add_argument("--figure", metavar="FILE.png", help="queries with the ten images ranked first")
     return parser
 
 
@@ -125,9 +128,8 @@ def parse_args(command: Sequence[str]) -> tuple[argparse.Namespace, list[Model]]
         raise UserError(f"--save-mat is for SYSU-MM01's MATLAB evaluation, not for {facts.title}")
     if args.ignore_same_camera and args.dataset != "folder":
         raise UserError(f"--ignore-same-camera: for own images; {facts.title} has a rule of its own")
-    if len(models) > 1 and (args.save_features or args.figure):
-        flag = "--save-features" if args.save_features else "--figure"
-        raise UserError(f"{flag}: RegDB has a model for each trial; say which with --trial N")
+    if len(models) > 1 and args.save_features:
+        raise UserError("--save-features: RegDB has a model for each trial: choose one with --trial N")
     return args, models
 
 
@@ -170,12 +172,11 @@ def models_of_trials(args: argparse.Namespace, pattern: str, known: Model | None
             models.append(known if known and known.path == path else read_model(path))
             models[-1].trials = [trial]
         else:
-            missing.append(str(path))
+            missing.append(str(trial))
     if not models:
-        others = ", nor of any other trial" if len(missing) > 1 else ""
-        raise UserError(f"--resume {args.resume}: no checkpoint at {missing[0]}{others}")
+        raise UserError(f"--resume {args.resume}: no checkpoint at {pattern} for trial {', '.join(missing)}")
     if missing:
-        log.warning("missing, and so left out of every mean: %s", ", ".join(missing))
+        log.warning("no checkpoint of trial %s, left out of every mean: %s", ", ".join(missing), pattern)
     return models
 
 
@@ -249,38 +250,6 @@ def evaluate(
     return results, {modality: own[0] if args.flip else own for modality, own in features.items()}
 
 
-def refuse_unwritable(path: Path) -> None:
-    """UserError, before the long work, for a file that could not be written after it."""
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def save_figure(path: str, features: Features, evaluation: Evaluation, count: int = 8) -> None:
-    """Draw the ten images ranked first for some queries, evenly taken, of the first protocol and trial."""
-    (protocol, _), (query, gallery) = next(iter(evaluation.samples.items()))
-    picked = np.unique(np.linspace(0, len(query) - 1, count).astype(int))
-    rows = [evaluation.rows[query.modality][query.paths[k]] for k in picked]
-    columns = [evaluation.rows[gallery.modality][p] for p in gallery.paths]
-    order = top_k(
-        features[query.modality][rows],
-        features[gallery.modality][columns],
-        query.pids[picked],
-        gallery.pids,
-        query.camids[picked],
-        gallery.camids,
-        protocol.rule,
-        10,
-    )
-    ranked = [[(gallery.paths[g], gallery.pids[g]) for g in line if g >= 0] for line in order.tolist()]
-    ranked_results([(query.paths[k], query.pids[k]) for k in picked], ranked, path, evaluation.pixel_range)
-
-
 def main(command: Sequence[str]) -> None:
     """Evaluate, print the table and write what was asked for."""
     log_to_terminal(stream=sys.stderr)
@@ -298,9 +267,12 @@ def main(command: Sequence[str]) -> None:
     )
     for model in models if args.dataset == "regdb" else ():
         refuse_trained_on(model, root)
-    for path in (args.json, args.save_features, args.figure, args.save_mat and mat_file(args.save_mat, 1)):
-        if path:
-            refuse_unwritable(Path(path))
+    for path in filter(None, (args.json, args.save_features)):
+        if Path(path).is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
+        refuse_unwritable(Path(path).parent)
+    if args.save_mat:
+        refuse_unwritable(args.save_mat)
     for warning in evaluation.warnings():
         log.warning("warning: %s", warning)
 
@@ -317,9 +289,7 @@ def main(command: Sequence[str]) -> None:
         save_features(args.save_features, features, evaluation.rows, evaluation.all_samples())
     if args.save_mat:
         save_mat(args.save_mat, features, evaluation.rows, evaluation.more)
-    if args.figure:
-        save_figure(args.figure, features, evaluation)
-    for path in filter(None, (args.json, args.save_features, args.save_mat, args.figure)):
+    for path in filter(None, (args.json, args.save_features, args.save_mat)):
         log.info("wrote %s", path)
 
 

@@ -234,7 +234,7 @@ def parse_args(
 
     Args:
         argv: the words of the command line, which the result keeps as `command`; None: this process's.
-        saved: settings of the run that is continued, see saved_settings.
+        saved: settings of the run that is continued, see settings_to_resume.
         path: the checkpoint that saved comes from, for messages.
 
     Raises:
@@ -272,8 +272,8 @@ def parse_args(
     return args
 
 
-def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
-    """The settings that a checkpoint was trained with, {dest: value}; none for the released code's.
+def settings_to_resume(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
+    """The settings of a run that is continued, {dest: value}, as the command line would have read them.
 
     Raises UserError naming path for a setting that no command line can give.
     """
@@ -322,7 +322,7 @@ def open_run(argv: Sequence[str]) -> tuple[argparse.Namespace, Run, dict | None]
         path = Path(typed.resume)
         places = {"model_path": str(path.parent)}
     checkpoint = load_checkpoint(path)
-    saved = saved_settings(checkpoint, path)
+    saved = settings_to_resume(checkpoint, path)
     state = checkpoint.keys() >= STATE and isinstance(checkpoint["epoch"], int)
     if not state or not saved.keys() >= {"dataset", "name"}:
         raise UserError(f"--resume {path} holds no state of training: resume from a run's _last.t")

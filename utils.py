@@ -154,7 +154,7 @@ def device_flags() -> Parser:
     workers = min(8, os.cpu_count() or 1)
     group.add_argument(
         "--workers", type=at_least(0), default=workers, metavar="N",
-        help=f"threads that decode images; 0: none besides the main one ({workers})",
+        help=f"threads that decode images, at least one; there are no worker processes ({workers})",
     )  # fmt: skip
     group.add_argument(
         "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",

@@ -21,9 +21,9 @@ from checkpoints import fingerprint, load_checkpoint
 from data_loader import read_ahead
 from data_manager import DATASETS
 from dataset_files import IMAGE_SUFFIXES
+from evaluation import saved_settings
 from images import DECODE_PIECE, PixelRange, UnreadableImages, read_image, to_pixels
 from model import TwoStreamResNet, build_model, extract_features
-from training import saved_settings
 from utils import UserError
 
 BATCH = 64  # images that an Embedder embeds at a time
@@ -189,7 +189,7 @@ def readable_batches(
         return images
 
     pieces = (paths[start : start + DECODE_PIECE] for start in range(0, len(paths), DECODE_PIECE))
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(max(workers, 1))
     try:
         pending = deque(
             pool.submit(read_piece, piece) for piece in islice(pieces, 2 * workers + batch_size // 4)

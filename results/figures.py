@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from images import PixelRange, read_image
 from results.similarity import BINS, Similarities, equal_error_rate, overlap
 from utils import whole_file
 
@@ -262,25 +261,3 @@ def curves(runs: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=1)
     return figure
-
-
-def ranked_results(
-    queries: Sequence[tuple[str, int]],
-    ranked: Sequence[Sequence[tuple[str, int]]],
-    path: str | os.PathLike,
-    pixel_range: PixelRange | None = None,
-) -> None:
-    """Write a PNG of queries (image, pid) with the images ranked first for each; for test.py's --figure.
-
-    pixel_range: of images of more than eight bits, see images.read_image.
-    """
-    size = 144, 60, pixel_range
-    rows = []
-    for (query, pid), found in zip(queries, ranked, strict=True):
-        row = [(read_image(query, *size), "query", f"pid {pid}")]
-        for image, other in found:
-            row.append((read_image(image, *size), "right" if other == pid else "wrong", f"pid {other}"))
-        rows.append(row)
-    figure = images(rows)
-    with matplotlib.rc_context(STYLE), whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=200)

@@ -335,8 +335,9 @@ def test_regdb_says_over_how_many_trials(trials_of_regdb, regdb, evaluate):
     written = evaluate("--resume", trials_of_regdb / "run_trial_4_best.t", "--data-path", regdb)
     assert "mean over 2 of the 10 trials (1, 4), each with its own model" in written.out.splitlines()[0]
     assert "visible to infrared, mean of 2" in table_of(written.out)
-    (missing,) = (line for line in written.err.splitlines() if line.startswith("missing"))
-    assert all(f"run_trial_{t}_best.t" in missing for t in (2, 3, 5, 6, 7, 8, 9, 10))
+    (missing,) = (line for line in written.err.splitlines() if line.startswith("no checkpoint of trial"))
+    assert "trial 2, 3, 5, 6, 7, 8, 9, 10, left out" in missing
+    assert "run_trial_{trial}_best.t" in missing
 
 
 def test_settings_come_from_the_checkpoint_and_typed_ones_win(sysu_flags, tmp_path):
@@ -505,11 +506,6 @@ def test_json_tells_what_was_done(sysu_flags, evaluate, tmp_path):
     assert f"wrote {tmp_path / 'new' / 'r.json'}" in written.err
 
 
-def test_figure(sysu_flags, evaluate, tmp_path):
-    evaluate(*sysu_flags, "--figure", tmp_path / "ranked.png")
-    assert (tmp_path / "ranked.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_mat_files_hold_every_test_image(sysu, sysu_flags, evaluate, tmp_path):
     evaluate(*sysu_flags, "--flip", "--save-mat", tmp_path / "mat", "--save-features", tmp_path / "f.npz")
     features = feature_of(np.load(tmp_path / "f.npz"), sysu)
@@ -582,7 +578,7 @@ def test_bad_input_is_refused_in_one_line(sysu, regdb, sysu_flags, trials_of_reg
     refused = [
         ("no file at", "--resume", tmp_path / "none.t", *rest),
         ("not a complete file of torch.save's", "--resume", tmp_path / "file", *rest),
-        ("no checkpoint at .*nothing_trial_1_best.t, nor of any", "--resume", "nothing_trial_{trial}_best.t"),
+        ("no checkpoint at .* for trial 1, 2, .*10", "--resume", "nothing_trial_{trial}_best.t"),
         ("only RegDB has", "--resume", "x_{trial}_best.t", "--dataset", "sysu", *rest),
         ("--trial 10: those of SYSU-MM01 are 0 to 9", *sysu_flags, "--trial", 10),
         ("--trial 0: those of RegDB are 1 to 10", *regdb_flags, "--trial", 0),
@@ -593,15 +589,14 @@ def test_bad_input_is_refused_in_one_line(sysu, regdb, sysu_flags, trials_of_reg
         ("--galleries published", *regdb_flags, "--galleries", "published"),
         ("--save-mat is for SYSU-MM01", *regdb_flags, "--save-mat", tmp_path / "mat"),
         ("--save-features: .*--trial N", *regdb_flags, "--save-features", tmp_path / "f.npz"),
-        ("--figure: .*--trial N", *regdb_flags, "--figure", tmp_path / "f.png"),
         ("no SYSU-MM01 here", resume, path, "--data-path", tmp_path / "nowhere"),
-        ("cannot write .*file/r.json", *sysu_flags, "--json", tmp_path / "file" / "r.json"),
+        ("cannot write in .*file", *sysu_flags, "--json", tmp_path / "file" / "r.json"),
         ("cannot write .*empty: it is a folder", *sysu_flags, "--json", tmp_path / "empty"),
-        ("cannot write .*file/feature_cam1.mat", *sysu_flags, "--save-mat", tmp_path / "file"),
+        ("cannot write in .*file", *sysu_flags, "--save-mat", tmp_path / "file"),
     ]
     for setting, value in (("dataset", "market"), ("amp", True), ("img_h", "tall"), ("trial", "x")):
         foreign = write_tiny(tmp_path / f"{setting}.t", args={setting: value})
-        message = rf"{setting}\.t: its settings are refused: argument --{setting.replace('_', '-')}:"
+        message = rf"{setting}\.t: its settings are refused: {setting} {value!r}"
         refused.append((message, "--resume", foreign, *rest))
     TinyNetwork.embedded = 0
     for message, *words in refused:

@@ -19,13 +19,12 @@ import data_manager
 from checkpoints import load_checkpoint
 from data_manager import DATASETS
 from devices import Processes, autocast_dtype, select_device
-from evaluation import Evaluation, Protocol
+from evaluation import Evaluation, Protocol, saved_settings
 from model import build_model
 from results.evaluated import Evaluated, labels
 from results.learning import log_file, read_log
 from results.report import FIGURES, Findings, write_figures, write_page
 from runs import environment
-from training import saved_settings
 from utils import Parser, UserError, data_flags, device_flags, log, log_to_terminal, run_script
 
 
