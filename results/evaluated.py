@@ -10,10 +10,9 @@ import torch
 from augmentation import normalize
 from data_manager import Samples
 from eval_metrics import Metrics
-from evaluation import Evaluation, Features, Protocol
+from evaluation import Evaluation, Features, Protocol, reranking_of
 from images import read_image
 from model import TwoStreamResNet
-from reranking import k_reciprocal
 from results.figures import overlay
 from results.learning import Log
 from results.rankings import Ranked, camera_pairs, rank_queries
@@ -56,7 +55,8 @@ class Evaluated:
     def distmat(self, protocol: Protocol, trial: int, rerank: str | None = None) -> np.ndarray:
         """(Q, G) distances, smaller is nearer: 1 - cosine similarity, or those of re-ranking."""
         query, gallery = map(self.features_of, self.evaluation.samples[protocol, trial])
-        return (k_reciprocal(query, gallery) if rerank else 1 - query @ gallery.T).cpu().numpy()
+        distances = reranking_of(protocol, rerank) or (lambda one, other: 1 - one @ other.T)
+        return distances(query, gallery).cpu().numpy()
 
     def ids(self, protocol: Protocol, trial: int) -> tuple:
         """What rank_queries takes behind the distances: pids, camids and whose rules count."""

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from data_manager import DATASETS
-from eval_metrics import matched, summarize
+from eval_metrics import summarize
 from evaluation import Protocol
 from images import decode
 from results import figures, sprites
@@ -141,7 +141,7 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
         "facts": facts,
         "logs": [(each.label, each.log.facts) for each in findings.everyone if each.log],
         "selections": [(each.label, selection(each)) for each in findings.everyone],
-        "short": findings.first.evaluation.short,
+        "notes": list(filter(None, [findings.first.evaluation.short, *findings.first.evaluation.warnings()])),
         "data": browser(findings, workers),
         "style": Markup((templates / "report.css").read_text(encoding="utf-8")),
         "script": Markup((templates / "report.js").read_text(encoding="utf-8")),
@@ -166,10 +166,7 @@ def result_rows(findings: Findings) -> list[dict]:
     rows = []
     for protocol in findings.protocols:
         for each in findings.everyone:
-            pairs = [both for (p, _), both in each.evaluation.samples.items() if p == protocol]
-            query, _ = each.evaluation.samples[protocol, each.trial]
-            q_pids, g_pids, q_camids, g_camids, rule = each.ids(protocol, each.trial)
-            counting = int(matched(rule, q_pids, g_pids, q_camids, g_camids).sum())
+            counts = [own for (p, _), own in each.evaluation.counts.items() if p == protocol]
             for rerank in findings.reranks:
                 metrics = each.results[protocol, rerank]
                 mean, deviation = summarize(metrics)
@@ -178,14 +175,19 @@ def result_rows(findings: Findings) -> list[dict]:
                         "label": each.label,
                         "protocol": protocol.row + (f", {rerank} re-ranking" if rerank else ""),
                         "cells": list(zip(per_cent(mean), per_cent(deviation), strict=True)),
-                        "queries": len(query),
-                        "matched": counting,
-                        "gallery": sorted({len(gallery) for _, gallery in pairs}),
-                        "identities": len(np.unique(query.pids)),
+                        "counts": {  # over the trials; most are the same in all
+                            name: spell({getattr(own, name) for own in counts})
+                            for name in ("counted", "queries", "gallery", "identities")
+                        },
                         "trials": len(metrics),
                     }
                 )
     return rows
+
+
+def spell(numbers: set[int]) -> str:
+    """One number, or the range of several."""
+    return "–".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
 
 
 def pair_rows(label: str, pairs: dict[str, Similarities]) -> list[tuple]:

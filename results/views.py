@@ -49,4 +49,5 @@ def embed(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
     centred = features - features.mean(axis=0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
     points = centred @ axes[:2].T
-    return np.pad(points, ((0, 0), (0, 2 - points.shape[1]))), "PCA"
+    method = "PCA" if TSNE else "PCA (t-SNE needs scikit-learn)"
+    return np.pad(points, ((0, 0), (0, 2 - points.shape[1]))), method

@@ -19,16 +19,24 @@ import synthetic
 from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import Samples
 from eval_metrics import Metrics
-from evaluation import Protocol
+from evaluation import Protocol, count
 from results import report as results_report
 from results import sprites
 from results.evaluated import Evaluated
 from results.evaluated import labels as labels_of
 from results.report import FIGURES, Findings
 from tools import report
-from utils import UserError
+from utils import UserError, log
 
 MACHINE = ("--gpu", "-1", "--workers", "1")
+
+
+@pytest.fixture(autouse=True)
+def log_as_before():
+    """Take back what a command that runs in this process does to the log."""
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +94,8 @@ def test_the_numbers_are_those_of_test_py(page, runs, sysu, tmp_path):
     rows = {(row[0], row[1]): row[2:] for row in rows_of((page / "index.html").read_text())}
     assert len(rows) == 4
     for path, label in zip(runs, ("best", "last"), strict=True):
-        words = (
-            "--resume",
-            path,
-            "--data-path",
-            sysu,
-            "--rerank",
-            "k-reciprocal",
-            "--json",
-            tmp_path / "r.json",
-        )
-        script.main([*map(str, words), *MACHINE])
+        words = ("--resume", path, "--data-path", sysu, "--rerank", "k-reciprocal")
+        script.main([*map(str, words), *MACHINE, "--json", str(tmp_path / "r.json")])
         for result in json.loads((tmp_path / "r.json").read_text())["results"]:
             title = "all, single-shot, seeded galleries"
             title += f", {result['rerank']} re-ranking" if result["rerank"] else ""
@@ -107,6 +106,10 @@ def test_the_numbers_are_those_of_test_py(page, runs, sysu, tmp_path):
                 expected.append([f"{100 * value:.2f}" for value in values])
             cells = rows[label, title]
             assert cells[:6] == [f"{mean} ±{deviation}" for mean, deviation in zip(*expected, strict=True)]
+            counts = {
+                name: {own[name] for own in result["counts"].values()} for name in ("queries", "gallery")
+            }
+            assert [{cells[6]}, {cells[7]}] == [set(map(str, numbers)) for numbers in counts.values()]
             assert cells[9] == "10"  # trials
 
 
@@ -408,8 +411,13 @@ class Everyone:
                     rng.choice(cameras, n), modality)
             for modality, n, cameras in (("infrared", 3803, (3, 6)), ("visible", 301, (1, 2, 4, 5)))
         )  # fmt: skip
-        self.samples = {(Protocol("sysu", "all"), 0): (query, gallery)}
+        protocol = Protocol("sysu", "all")
+        self.samples = {(protocol, 0): (query, gallery)}
+        self.counts = {(protocol, 0): count(protocol, query, gallery, "here")}
         self.rows = {s.modality: {path: k for k, path in enumerate(s.paths)} for s in (query, gallery)}
+
+    def warnings(self):
+        return ["a note"]
 
 
 @pytest.fixture(scope="module")
@@ -440,6 +448,7 @@ def large(tmp_path_factory):
 
 def test_the_page_of_sysu_is_small(large):
     assert large.stat().st_size < 15e6
+    assert "a note" in large.read_text()
     data = data_of(large.read_text())
     assert len(data["sheets"]) == -(-(3803 + 301) // (sprites.COLUMNS * sprites.ROWS))
     assert len(data["lists"][0]["queries"]) == 3803

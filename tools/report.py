@@ -19,8 +19,9 @@ import data_manager
 from checkpoints import load_checkpoint
 from data_manager import DATASETS
 from devices import Processes, autocast_dtype, select_device
-from evaluation import Evaluation, Protocol, saved_settings
+from evaluation import Evaluation, Protocol, mode_name, saved_settings
 from model import build_model
+from reranking import RERANKING
 from results.evaluated import Evaluated, labels
 from results.learning import log_file, read_log
 from results.report import FIGURES, Findings, write_figures, write_page
@@ -42,7 +43,9 @@ def get_args_parser() -> Parser:
         help="checkpoints to compare; rankings, embedding and activations are of the first",
     )  # fmt: skip
     what.add_argument("--dataset", choices=DATASETS, help="(the first checkpoint's, or sysu)")
-    what.add_argument("--mode", nargs="+", metavar="MODE", help="as test.py has it (all; both ways)")
+    what.add_argument(
+        "--mode", type=mode_name, nargs="+", metavar="MODE", help="as test.py has it (all; both ways)"
+    )
     what.add_argument("--shot", type=int, nargs="+", choices=(1, 10), default=[1], help="gallery of sysu (1)")
     what.add_argument(
         "--galleries", choices=("seeded", "published"), default="seeded", help="sysu's (seeded)"
@@ -54,9 +57,7 @@ def get_args_parser() -> Parser:
     what.add_argument(
         "--ignore-same-camera", action="store_true", help="own images: by LLCM's rules, as test.py has it"
     )
-    what.add_argument(
-        "--rerank", choices=("k-reciprocal",), help="show re-ranked results beside the plain ones"
-    )
+    what.add_argument("--rerank", nargs="+", choices=RERANKING, default=[], help="show re-ranked results too")
     what.add_argument("--log-path", metavar="DIR", help="folder of the runs' logs (where they were written)")
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument("--output", required=True, metavar="DIR", help="for index.html and the figures")
@@ -80,26 +81,26 @@ def siblings(path: Path) -> dict[int, Path]:
 
 
 def trial_files(path: Path, dataset: str, wanted: str, saved: dict[str, object]) -> dict[int, Path]:
-    """The checkpoint of each trial that is asked for, {trial: file}; UserError if there is none."""
+    """The checkpoint of each trial that is asked for, {trial: file}; UserError if there is none.
+
+    A model of one RegDB trial is tested on that one alone: the others' test images were trained on.
+    """
     facts = DATASETS[dataset]
     if wanted != "all" and wanted not in map(str, facts.trials):
         first, last = facts.trials[0], facts.trials[-1]
         raise UserError(f"--trial {wanted}: those of {facts.title} are {first} to {last}, or all")
     trials = list(facts.trials) if wanted == "all" else [int(wanted)]
-    if dataset != "regdb":
+    if dataset != "regdb" or saved.get("dataset", "regdb") != "regdb":
         return dict.fromkeys(trials, path)
+    if not saved and wanted == "all":
+        raise UserError(f"--resume {path} does not say what it was trained on: give --trial N")
     files = siblings(path)
-    if not files:
-        own = saved.get("trial") if wanted == "all" and saved.get("dataset") == "regdb" else wanted
-        if own == "all":
-            raise UserError(f"--resume {path}: of which trial of RegDB? Say so with --trial N")
-        return {int(own): path}
-    if missing := [t for t in trials if t not in files]:
-        log.warning(
-            "%s: missing, and so left out of every mean: trial %s", path, ", ".join(map(str, missing))
-        )
-    files = {t: files[t] for t in trials if t in files}
-    if not files:
+    if not files:  # its name tells no trial
+        files = {int(saved.get("trial", wanted)): path}
+        trials = list(files) if wanted == "all" else trials
+    if missing := [str(t) for t in trials if t not in files]:
+        log.warning("%s: missing, and so left out of every mean: trial %s", path, ", ".join(missing))
+    if not (files := {t: files[t] for t in trials if t in files}):
         raise UserError(f"--resume {path}: no checkpoint of trial {wanted}")
     return files
 
@@ -136,14 +137,15 @@ def evaluate(
     )
     evaluation = Evaluation(root, protocols, list(files), height, width, allow_short=args.allow_short)
     dtype = autocast_dtype(args.amp or saved.get("amp", "auto"), device)
-    shared = dataset != "regdb"
+    shared = len(set(files.values())) == 1
     results, kept = {}, None
     for trial in [None] if shared else files:
-        file = path if shared else files[trial]
+        key = next(iter(files)) if trial is None else trial
+        file = files[key]
         checkpoint = loaded.pop(file, None) or load_checkpoint(file)
         own = saved_settings(checkpoint, file)
-        if not shared and own.get("dataset") == "regdb" and str(own.get("trial")) != str(trial):
-            raise UserError(f"{file} was trained on trial {own.get('trial')}, not on trial {trial}")
+        if own.get("dataset") == dataset == "regdb" and own["trial"] != str(key):
+            raise UserError(f"{file} was trained on trial {own['trial']}, not on trial {key}")
         evaluation.pixel_range = own.get("pixel_range")
         model = build_model(checkpoint, file).to(device, memory_format=torch.channels_last)
         features = evaluation.features(
@@ -152,7 +154,7 @@ def evaluate(
         if kept is None:
             told = {key: checkpoint[key] for key in ("epoch", "selection") if key in checkpoint}
             kept = {"path": file, "checkpoint": told, "saved": own, "model": model, "features": features}
-        for rerank in dict.fromkeys((None, args.rerank)):
+        for rerank in dict.fromkeys((None, *args.rerank)):
             for protocol, metrics in evaluation.score(features, rerank, trial).items():
                 results.setdefault((protocol, rerank), []).extend(metrics)
     logged = log_file(kept["path"], kept["saved"], args.log_path)
