@@ -391,7 +391,9 @@ def test_a_screen_reader_is_told_everything(chromium, page):
         re.fullmatch(r"1: (right|wrong), pid \d+, camera \d, distance \d\.\d{3}", name) for name in images
     )
     assert any(re.fullmatch(r"ignored, same room, pid \d+, camera 2, distance .*", name) for name in images)
-    levels = chromium.js("[...document.querySelectorAll('h1, h2, h3')].map((e) => Number(e.tagName[1]))")
+    levels = chromium.js(
+        "[...document.querySelectorAll('h1, h2, h3, h4, h5, h6')].map((e) => Number(e.tagName[1]))"
+    )
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
 
