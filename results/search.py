@@ -29,9 +29,12 @@ def nearest(queries: torch.Tensor, gallery: Embeddings, top: int) -> tuple[torch
     """
     best = queries.new_empty(len(queries), 0)
     positions = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    wide = queries.new_empty(BLOCK, queries.shape[1])  # kept: fresh pages for every block would cost
+    products = queries.new_empty(len(queries), BLOCK)
     for first, block in gallery.blocks(BLOCK):
-        similarities = queries @ block.to(queries.device).float().T
-        similarities, rows = similarities.topk(min(top, len(block)))
+        wide[: len(block)] = block
+        torch.mm(queries, wide.T, out=products)
+        similarities, rows = products[:, : len(block)].topk(min(top, len(block)))
         best, positions = torch.cat([best, similarities], 1), torch.cat([positions, rows + first], 1)
         best, order = best.topk(min(top, best.shape[1]))
         positions = positions.gather(1, order)
