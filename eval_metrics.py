@@ -2,8 +2,8 @@
 
 A query has few matches, so its gallery is not sorted: the position of a match in the ranking is the number of
 images nearer than it. What the protocol ignores is set to infinity. Only queries with a tie are ranked by
-sorting. Distances come in blocks of queries, cut from a distance matrix or computed
-from features, so no (Q, G) matrix is needed.
+sorting. Distances come in blocks of queries, cut from a distance matrix or computed from features, so no
+(Q, G) matrix is needed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -135,33 +135,6 @@ def summarize(results: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
         Metrics(cmc.mean(0), float(mAP.mean()), float(mINP.mean())),
         Metrics(cmc.std(0), float(mAP.std()), float(mINP.std())),
     )
-
-
-@torch.no_grad()
-def top_k(
-    query_features: Array,
-    gallery_features: Array,
-    q_pids: Array,
-    g_pids: Array,
-    q_camids: Array | None,
-    g_camids: Array | None,
-    protocol: str,
-    k: int,
-) -> torch.Tensor:
-    """Return (Q, k) int64 indices of each query's k nearest gallery images, nearest first.
-
-    What the protocol ignores is left out; -1 where fewer than k images are left. Arguments as in evaluate;
-    the result lies on the features' device.
-    """
-    query, gallery = as_features(query_features), as_features(gallery_features)
-    shape, device = (len(query), len(gallery)), gallery.device
-    q_keys, g_keys = _keys(protocol, _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids))
-    result = torch.full((len(query), k), -1, device=device)
-    for rows, block in _feature_blocks(query, gallery, torch.arange(len(query), device=device)):
-        _set_ignored(block, q_keys[rows, None], g_keys)
-        order = block.argsort(dim=1, stable=True)[:, :k]
-        result[rows, : order.shape[1]] = order.masked_fill(block.gather(1, order).isinf(), -1)
-    return result
 
 
 @torch.no_grad()

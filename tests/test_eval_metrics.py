@@ -18,7 +18,6 @@ from eval_metrics import (
     k_reciprocal,
     matched,
     summarize,
-    top_k,
 )
 from tests.oracles import evaluate_loop, ignored_images
 
@@ -165,13 +164,10 @@ def test_blocks_do_not_change_the_result(protocol, monkeypatch):
     ids = draw(protocol)
     features = unit(rng, 60, 16), unit(rng, 150, 16)
     expected = evaluate_loop(-features[0] @ features[1].T, *ids, protocol)
-    rankings = []
     for product, cached in ((1, 1), (900, 300), (10**4, 10**3), (10**6, 10**6)):
         monkeypatch.setattr(eval_metrics, "PRODUCT", product)
         monkeypatch.setattr(eval_metrics, "CACHED", cached)
         assert_same(evaluate(*features, *ids, protocol), expected)
-        rankings.append(top_k(*features, *ids, protocol, 5))
-    assert all(torch.equal(ranking, rankings[0]) for ranking in rankings)
 
 
 @pytest.mark.parametrize("protocol", CAMERAS)
@@ -278,27 +274,6 @@ def test_which_queries_have_a_match(protocol):
         expected.append(bool((g_pids[~ignored] == pid).any()))
     assert 0 < sum(expected) < len(expected)
     assert matched(protocol, q_pids, g_pids, q_camids, g_camids).tolist() == expected
-
-
-# ---- ranked results
-
-
-@pytest.mark.parametrize("protocol", CAMERAS)
-def test_top_k_leaves_out_what_the_protocol_ignores(protocol):
-    rng = np.random.default_rng(8)
-    q_pids, g_pids, q_camids, g_camids = draw(protocol, num_gallery=30, num_pids=5)
-    features = unit(rng, 60, 8), unit(rng, 30, 8)
-    nearest = top_k(*features, q_pids, g_pids, q_camids, g_camids, protocol, 33)
-    assert nearest.shape == (60, 33)
-    assert nearest.dtype == torch.int64
-    shortest = 30
-    for query in range(60):
-        ignored = ignored_images(protocol, q_pids[query], q_camids[query], g_pids, g_camids)
-        order = np.argsort(-features[1] @ features[0][query])
-        order = order[~ignored[order]]
-        shortest = min(shortest, len(order))
-        np.testing.assert_array_equal(nearest[query], np.r_[order, np.full(33 - len(order), -1)])
-    assert (shortest < 30) == (protocol != "regdb")
 
 
 def test_trials_re_ranked():
