@@ -2,7 +2,6 @@
 
 import base64
 import io
-import logging
 import os
 import sys
 
@@ -27,7 +26,7 @@ from results.similarity import (
     sample_similarities,
 )
 from results.views import activation_maps, embed
-from utils import UserError
+from utils import UserError, log
 
 
 @pytest.fixture
@@ -223,7 +222,8 @@ def test_what_tensorboard_gets(sysu):
 
 def test_a_missing_tensorboard_is_one_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setattr(logging.getLogger("mce"), "propagate", True)
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(log, "handlers", [])  # where a command has run before, caplog listens here too
     board = Board(tmp_path / "events", 0)
     board.add_scalars({"rate": 1.0}, 1)
     board.close()
