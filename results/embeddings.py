@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -113,12 +114,16 @@ def find_images(source: str | os.PathLike, flag: str, modality: str | None = Non
         raise UserError(f"{flag} {source}: no such file or folder")
     elif suffix in IMAGE_SUFFIXES:
         return Found([os.path.abspath(source)])
-    elif suffix == ".csv":
-        found = _read_table(source, flag, modality)
-    elif suffix == ".txt":
-        text = source.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        lines = (line.rstrip("\r") for line in text.split("\n"))
-        found = Found(list(dict.fromkeys(_absolute(source, line) for line in lines if line)))
+    elif suffix in (".csv", ".txt"):
+        try:
+            with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+                if suffix == ".csv":
+                    found = _read_table(stream, source, flag, modality)
+                else:
+                    paths = (_absolute(source, line.rstrip("\r\n")) for line in stream if line.strip())
+                    found = Found(list(dict.fromkeys(paths)))
+        except (OSError, csv.Error) as error:
+            raise UserError(f"{flag} {source}: cannot be read: {error}") from error
     else:
         raise UserError(f"{flag} {source}: no folder, list (.txt), table (.csv) or image by its name")
     if not found.paths:
@@ -147,28 +152,22 @@ def _walk(root: Path) -> list[str]:
     return paths
 
 
-def _read_table(source: Path, flag: str, modality: str | None) -> Found:
-    with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        lines = csv.reader(stream, skipinitialspace=True)
-        header = [word.strip().lower() for word in next(lines, [])]
-        if "path" not in header:
-            raise UserError(f"{flag} {source}: its first line names no column `path`")
-        place = header.index("path")
-        columns = tuple(header[:place] + header[place + 1 :])
-        known = {}
-        for line in filter(None, lines):
-            if len(line) != len(header):
-                raise UserError(
-                    f"{flag} {source}, line {lines.line_num}: {len(line)} values, {len(header)} columns"
-                )
-            path = _absolute(source, line.pop(place).strip())
-            values = tuple(sys.intern(word.strip()) for word in line)
-            if (
-                modality is None
-                or dict(zip(columns, values, strict=True)).get("modality", modality) == modality
-            ):
-                known[path] = values
-    return Found(list(known), columns, list(known.values()))
+def _read_table(stream: TextIO, source: Path, flag: str, modality: str | None) -> Found:
+    lines = csv.reader(stream, strict=True, skipinitialspace=True)
+    header = [word.strip().lower() for word in next(lines, [])]
+    if "path" not in header or len(set(header)) < len(header):
+        raise UserError(f"{flag} {source}: its first line names no column `path`, or a column twice")
+    known = {}
+    for line in filter(None, lines):
+        if len(line) != len(header):
+            raise UserError(
+                f"{flag} {source}, line {lines.line_num}: {len(line)} values, {len(header)} columns"
+            )
+        values = {key: sys.intern(word.strip()) for key, word in zip(header, line, strict=True)}
+        path = _absolute(source, values.pop("path"))
+        if modality is None or values.get("modality", modality) == modality:
+            known[path] = tuple(values.values())
+    return Found(list(known), tuple(key for key in header if key != "path"), list(known.values()))
 
 
 def readable_batches(

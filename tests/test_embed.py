@@ -244,6 +244,8 @@ def test_a_list_says_which(run, tmp_path, capsys):
         ("a.txt", "b.png\nc.png", "--images a.txt: none of its files exists; the first would be .*b.png"),
         ("a.csv", "", "--images a.csv: its first line names no column `path`"),
         ("a.csv", "path,pid\nx.png,1\ny.png\n", "--images a.csv, line 3: 1 values, 2 columns"),
+        ("a.csv", 'path,pid\n"x.png,1\n', "--images a.csv: cannot be read: unexpected end of data"),
+        ("a.csv", "path,pid,PID\n", "--images a.csv: .* a column twice"),
         ("empty", "folder", "--images empty: no images there"),
     ],
 )
