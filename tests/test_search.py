@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, REPOSITORY, draw_images, random_checkpoint, run_script
+from PIL import Image
 
 from checkpoints import fingerprint, load_checkpoint
 from results import search as library
@@ -188,10 +189,16 @@ def test_an_interrupted_gallery_is_searched_with_a_warning(run, made_by, tmp_pat
 
 def test_a_page_shows_what_is_left(tmp_path):
     (path,) = draw_images(tmp_path / "in", 1)
-    hits = [{"rank": 1, "similarity": 0.5, "path": "/gone/<b>.png", "known": {"pid": "<i>"}}]
-    page = search.save_report(tmp_path / "r", [{"query": path, "hits": hits}], "heading").read_text()
-    assert page.count("data:image") == 1
-    assert "1: 0.5000  /gone/&lt;b&gt;.png  pid &lt;i&gt; (cannot be read)" in page
+    deep = str(tmp_path / "deep.png")
+    Image.fromarray(np.arange(700, 712, dtype=np.uint16).reshape(4, 3)).save(deep)
+    hits = [
+        {"rank": 1, "similarity": 0.6, "path": deep, "known": {}},
+        {"rank": 2, "similarity": 0.5, "path": "/gone/<b>.png", "known": {"pid": "<i>"}},
+    ]
+    results = [{"query": path, "hits": hits}]
+    page = search.save_report(tmp_path / "r", results, "heading", (700.0, 712.0)).read_text()
+    assert page.count("data:image") == 2
+    assert "2: 0.5000  /gone/&lt;b&gt;.png  pid &lt;i&gt; (cannot be read)" in page
 
 
 # Through an index

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from devices import autocast_dtype, select_device
-from images import UnreadableImages, read_image
+from images import PixelRange, UnreadableImages, read_image
 from results.embeddings import embed_files, find_images, open_embedder
 from results.search import nearest, nearest_by_index, open_index
 from results.shards import Embeddings
@@ -94,12 +94,12 @@ def as_text(results: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def figure(path: str, text: str) -> str:
+def figure(path: str, text: str, pixel_range: PixelRange | None) -> str:
     """An item of an HTML list: an image, if it can be read, with text below."""
     picture = ""
     try:
         file = io.BytesIO()
-        Image.fromarray(read_image(path, 144, 60)).save(file, "JPEG")
+        Image.fromarray(read_image(path, 144, 60, pixel_range)).save(file, "JPEG")
         picture = (
             f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"><br>'
         )
@@ -108,14 +108,16 @@ def figure(path: str, text: str) -> str:
     return f"<li>{picture}{html.escape(text)}</li>"
 
 
-def save_report(folder: str, results: Sequence[dict], heading: str) -> Path:
-    """Write a page that needs no other file: each query and its hits."""
+def save_report(
+    folder: str, results: Sequence[dict], heading: str, pixel_range: PixelRange | None = None
+) -> Path:
+    """Write a page that needs no other file: each query and its hits; pixel_range as images.read_image."""
     rows = []
     for result in results:
-        items = [figure(result["query"], f"query {result['query']}")]
+        items = [figure(result["query"], f"query {result['query']}", pixel_range)]
         for hit in result["hits"]:
             text = f"{hit['rank']}: {hit['similarity']:.4f}  {hit['path']}{told(hit['known'])}"
-            items.append(figure(hit["path"], text))
+            items.append(figure(hit["path"], text, pixel_range))
         rows.append(f"<ol>{''.join(items)}</ol>")
     path = Path(folder, "index.html")
     with whole_file(path) as temporary:
@@ -177,7 +179,7 @@ def main(args: argparse.Namespace) -> int:
     if args.report:
         how = "through an index" if index else "exactly"
         heading = f"{args.gallery}: {len(gallery):,} images, searched {how} with {args.resume}"
-        log.info("wrote %s", save_report(args.report, results, heading))
+        log.info("wrote %s", save_report(args.report, results, heading, embedder.pixel_range))
     print(json.dumps(results, indent=1) if args.json else as_text(results))
     return int(bool(failed))
 
