@@ -293,13 +293,15 @@ def train_run(args: argparse.Namespace, run: Run, checkpoint: dict | None, proce
 
 
 def check(training: Training) -> None:
-    """One step on a real batch, one evaluation batch, and what they took; writes no checkpoint and no log."""
+    """Try a few steps and an evaluation batch, and log what they took; writes no checkpoint and no log."""
     bank, loader, device = training.bank, training.loader, training.device
     bank.reset({modality: torch.randn_like(bank.shared.proxies) for modality in loader.modalities})
-    began = time.perf_counter()
-    losses = train_one_epoch(training, islice(loader.epoch(0), 1), 0)
-    seconds = time.perf_counter() - began
-    log.info("one step: loss %.3f, %.1f s (the first is the slowest)", losses[0, 0], seconds)
+    seconds = []
+    for step in islice(loader.epoch(0), 3):
+        began = time.perf_counter()
+        losses = train_one_epoch(training, [step], 0)
+        seconds.append(time.perf_counter() - began)
+    log.info("one step: loss %.3f, %.3f s; the first %.1f s", losses[0, 0], min(seconds), seconds[0])
     images = torch.from_numpy(training.evaluation.pixels["infrared"][: training.args.test_batch])
     normalized = normalize(images.to(device))
     features = extract_features(training.model.eval(), [normalized], "infrared", training.dtype)

@@ -8,17 +8,13 @@ initial weights and batches, those of seed k. Stop it when you like: the same co
 
 import argparse
 import json
-import os
-import shlex
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+from tools.commands import run
 from utils import Parser, UserError, at_least, device_flags, run_script, whole_file
 
-HERE = Path(__file__).resolve().parents[1]
 SIZE = ("--img-h", "48", "--img-w", "24")
 PEOPLE = ("--identities", "100", "--test-identities", "40", "--images", "2", "--img-h", "96", "--img-w", "40")
 TRAINING = (
@@ -68,26 +64,12 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def run(script: str, *words: object) -> None:
-    """Print the command of a script or a package and run it; UserError with its last lines if it fails."""
-    words = list(map(str, words))
-    print(f"$ {shlex.join(['python', *script.split(), *words])}", flush=True)
-    script_words = [HERE / script] if script.endswith(".py") else script.split()
-    environment = os.environ | {"PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        [sys.executable, *script_words, *words], env=environment, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"{script} ended with status {done.returncode}: {done.stdout.strip()[-500:]}")
-
-
 def draw_data(root: Path, seed: int, quick: bool, workers: int) -> None:
     """The dataset of a seed, if it is not there yet."""
     if not root.exists():
         people = QUICK_PEOPLE if quick else PEOPLE
-        run("-m synthetic", "--dataset", "sysu", "--data-path", root, *people, "--seed", seed)
-    run("pre_process_sysu.py", "--data-path", root, *SIZE, "--workers", workers)
+        run("-m synthetic", "--dataset", "sysu", "--data-path", root, *people, "--seed", seed, quiet=True)
+    run("pre_process_sysu.py", "--data-path", root, *SIZE, "--workers", workers, quiet=True)
 
 
 def train_and_test(out: Path, variant: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
@@ -101,9 +83,21 @@ def train_and_test(out: Path, variant: str, seed: int, args: argparse.Namespace)
     own = (*(("--epochs", 1) if args.quick else ()), *VARIANTS[variant].split())
     run(
         "train.py", "--data-path", data, *SIZE, *TRAINING, *own, "--seed", seed, *machine, "--name", name,
-        "--model-path", last.parent, "--log-path", out / "log", "--resume", "auto",
+        "--model-path", last.parent, "--log-path", out / "log", "--resume", "auto", quiet=True,
     )  # fmt: skip
-    run("test.py", "--resume", last, "--data-path", data, "--mode", *MODES, *machine, "--json", report)
+    run(
+        "test.py",
+        "--resume",
+        last,
+        "--data-path",
+        data,
+        "--mode",
+        *MODES,
+        *machine,
+        "--json",
+        report,
+        quiet=True,
+    )
     means = {row["mode"]: row["mean"] for row in json.loads(report.read_text())["results"]}
     found = {f"{m} rank-1": 100 * means[m]["cmc"][0] for m in MODES}
     found |= {f"{m} mAP": 100 * means[m]["mAP"] for m in MODES}

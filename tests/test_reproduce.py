@@ -1,0 +1,121 @@
+"""tools/reproduce.py, whole, on tiny datasets of the three layouts."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+
+import synthetic
+from tools import reproduce
+from utils import UserError
+
+FLAGS = [
+    "--incomplete", "--gpu", "-1", "--amp", "off", "--workers", "1", "--img-h", "32", "--img-w", "16",
+    "--arch", "resnet18", "--weights", "none", "--batch-size", "4", "--num-pos", "1", "--epochs", "1",
+]  # fmt: skip
+PLANS = {
+    "sysu": synthetic.plan_sysu(4, 2, 1, 0),
+    "regdb": synthetic.plan_regdb(4, 2, 1, 0),
+    "llcm": synthetic.plan_llcm(4, 2, 1, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce")
+    for name, plan in PLANS.items():
+        synthetic.draw_dataset(plan, folder / "data" / name, height=48, width=24, workers=0)
+    return folder
+
+
+@pytest.fixture
+def reproduced(monkeypatch, capfd):
+    """tools.reproduce in a folder, its commands as subprocesses: the lines that were printed."""
+
+    def reproduced(folder, *flags):
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "--data-path", "data", *flags, *FLAGS])
+        reproduce.main(reproduce.get_args_parser().parse_known_args())
+        return capfd.readouterr().out.splitlines()
+
+    return reproduced
+
+
+def commands_of(lines):
+    return [line for line in lines if line.startswith("$ ")]
+
+
+def test_it_makes_the_table_and_only_what_is_missing(folder, reproduced):
+    assert len(commands_of(reproduced(folder))) == 5 + 3 + 3
+    results = (folder / "reproduce" / "RESULTS.md").read_text()
+    rows = [line[2:-2].split(" | ") for line in results.splitlines() if line.startswith("| ")]
+    report = json.loads((folder / "reproduce" / "regdb_shared_seed0_test.json").read_text())
+    mean, first = report["results"][0]["mean"], report["results"][0]["trials"]["1"]
+    means, trials = [row for row in rows if row[0] == "visible to infrared"][:2]
+    assert means[3:5] == ["93.15", "88.32"]
+    rank1, mAP, *gaps = (float(means[k]) for k in (1, 2, 5, 6))
+    assert [rank1, mAP] == pytest.approx([100 * mean["cmc"][0], 100 * mean["mAP"]], abs=5e-3)
+    assert gaps == pytest.approx([rank1 - 93.15, mAP - 88.32], abs=0.011)
+    assert trials[1:3] == ["0", f"{100 * first['cmc'][0]:.2f} / {100 * first['mAP']:.2f}"]
+    for words in (
+        "all, multi-shot, published galleries", "74.77", "## LLCM", "**not complete**", "versions: Python ",
+        "device: cpu", "batch_size 4", "regdb_shared_seed0_train",
+    ):  # fmt: skip
+        assert words in results, words
+
+    assert commands_of(reproduced(folder)) == []
+    path = folder / "reproduce" / "done.json"
+    done = json.loads(path.read_text())
+    del done["llcm_shared_seed0_test"]
+    path.write_text(json.dumps(done))
+    [command] = commands_of(reproduced(folder))
+    assert command.startswith("$ python test.py --resume reproduce/save_model/llcm_shared_seed0_best.t")
+
+
+def test_a_dry_run_prints_the_commands_and_an_estimate_and_writes_nothing(folder, reproduced, tmp_path):
+    shutil.copytree(folder / "data" / "llcm", tmp_path / "data" / "llcm")
+    before = sorted(tmp_path.rglob("*"))
+    lines = reproduced(tmp_path, "--dry-run", "--seeds", "2", "--stem", "shared", "two-stream")
+    printed = [line for line in lines if line.startswith("python ")]
+    assert len(printed) == 1 + 2 * 4
+    assert sum("--stem two-stream --seed 1" in line for line in printed) == 1
+    [line] = [line for line in lines if line.startswith("llcm: ")]
+    assert re.match(
+        r"llcm: 4 trainings, 1 epochs of \d+ steps of [\d.]+ s: .*memory of this process: at most", line
+    )
+    assert re.match(r"an estimate, .*: [\d.]+ hours, [\d.]+ GB of disk$", lines[-1])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_incomplete_dataset_stops_it_unless_allowed(folder):
+    args, extra = reproduce.get_args_parser().parse_known_args(["--data-path", str(folder / "data")])
+    assert extra == []
+    with pytest.raises(UserError, match="regdb is not complete"):
+        reproduce.do("regdb_check", reproduce.plan(args, [])["regdb_check"], args)
+
+
+@pytest.mark.parametrize(("flags", "words"), [(["--epoch", "1"], "--epoch"), (["--lr", "0"], "--lr")])
+def test_a_wrong_flag_is_told_before_anything_runs(folder, flags, words):
+    args, extra = reproduce.get_args_parser().parse_known_args(["--data-path", str(folder / "data"), *flags])
+    with pytest.raises(UserError, match=words):
+        reproduce.plan(args, extra)
+
+
+def test_a_folder_without_datasets_is_refused(tmp_path):
+    args, _ = reproduce.get_args_parser().parse_known_args(["--data-path", str(tmp_path)])
+    with pytest.raises(UserError, match="none of the folders sysu, regdb, llcm"):
+        reproduce.plan(args, [])
+
+
+def test_several_seeds_give_mean_and_deviation(tmp_path):
+    for seed, mAP in ((0, 0.5), (1, 0.7)):
+        metrics = {"cmc": [0.25] * 20, "mAP": mAP}
+        row = {"dataset": "llcm", "mode": "visible-to-infrared", "shot": 1, "galleries": "seeded"}
+        report = {"checkpoints": [{"args": {}, "selection": "the last epoch"}], "results": [
+            row | {"mean": metrics, "trials": {"0": metrics}}]}  # fmt: skip
+        (tmp_path / f"llcm_shared_seed{seed}_test.json").write_text(json.dumps(report))
+    parts = reproduce.tables([f"llcm_shared_seed{seed}_test" for seed in range(3)], tmp_path, "shared")
+    assert "| visible to infrared | 25.00 ± 0.00 | 60.00 ± 14.14 | - | - | - | - |" in parts[1]

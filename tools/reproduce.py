@@ -1,0 +1,253 @@
+"""The paper's table from one command: check, preprocess, train and test whatever datasets are there:
+
+    python -m tools.reproduce --data-path data --dry-run
+    python -m tools.reproduce --data-path data --seeds 3 --gpu 0
+
+DATA has a folder for each dataset: sysu, regdb, llcm. Writes RESULTS.md, and after every command again. Stop
+it when you like: the same command does what is missing. Flags that it does not know are train.py's.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from data_loader import IdentityBatches
+from data_manager import DATASETS, class_labels, train_samples
+from evaluation import Protocol
+from model import STEMS
+from tools.commands import run, words_of
+from training import parse_args
+from utils import Parser, UserError, at_least, device_flags, log_to_terminal, run_script, whole_file
+
+PUBLIC = ("sysu", "regdb", "llcm")
+PAPER = {  # (dataset, mode, shot): rank-1, mAP in per cent; docs/method.md, section 8
+    ("sysu", "all", 1): (74.77, 72.01),
+    ("sysu", "indoor", 1): (83.48, 86.06),
+    ("regdb", "visible-to-infrared", 1): (93.15, 88.32),
+    ("regdb", "infrared-to-visible", 1): (93.42, 87.95),
+}
+HEADS = ("protocol", "rank-1", "mAP", "paper's rank-1", "paper's mAP", "Δ rank-1", "Δ mAP")
+
+
+def get_args_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="python -m tools.reproduce",
+        description="Check, preprocess, train and test whatever datasets are there, and write the paper's "
+        "table. Flags that are not listed are train.py's.",
+        parents=[device_flags()],
+    )
+    add = parser.add_argument
+    add("--data-path", required=True, metavar="DATA", help=f"the folder of {', '.join(PUBLIC)}")
+    add("--output", default="reproduce", metavar="DIR", help="folder of everything written (reproduce)")
+    add(
+        "--seeds", type=at_least(1), default=1, metavar="N", help="models of each setting, seeds 0 to N-1 (1)"
+    )
+    add(
+        "--stem", choices=STEMS, nargs="+", default=["shared"],
+        help="shared: the paper's numbers are of it; two-stream: rows of their own (shared)",
+    )  # fmt: skip
+    add("--incomplete", action="store_true", help="go on with a dataset that tools.check calls incomplete")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print what is missing, with an estimate from a few timed steps",
+    )
+    return parser
+
+
+def machine_flags(args: argparse.Namespace) -> list[object]:
+    """--gpu and the like, for train.py and test.py."""
+    words = ["--amp", args.amp, "--workers", args.workers, "--test-batch", args.test_batch]
+    return words if args.gpu is None else ["--gpu", args.gpu, *words]
+
+
+def plan(args: argparse.Namespace, extra: list[str]) -> dict[str, tuple[object, ...]]:
+    """The commands, by name, in their order; UserError if DATA has no dataset or extra has a wrong flag."""
+    out, machine, commands = Path(args.output), machine_flags(args), {}
+    for dataset in PUBLIC:
+        root = Path(args.data_path, dataset)
+        if not root.is_dir():
+            continue
+        settings = parse_args(["--dataset", dataset, *extra])
+        commands[f"{dataset}_check"] = ("-m tools.check", "--dataset", dataset, "--data-path", root)
+        if dataset == "sysu":
+            size = ("--img-h", settings.img_h, "--img-w", settings.img_w)
+            commands["sysu_preprocess"] = ("pre_process_sysu.py", "--data-path", root, *size)
+        trials, suffix = (("--trial", "all"), "_trial_{trial}") if dataset == "regdb" else ((), "")
+        for stem, seed in itertools.product(args.stem, range(args.seeds)):
+            name = f"{dataset}_{stem}_seed{seed}"
+            commands[f"{name}_train"] = (
+                "train.py", *extra, "--dataset", dataset, "--data-path", root, *trials, "--stem", stem,
+                "--seed", seed, *machine, "--name", name, "--model-path", out / "save_model",
+                "--log-path", out / "log", "--resume", "auto",
+            )  # fmt: skip
+            best = out / "save_model" / f"{name}{suffix}_best.t"
+            test = ("test.py", "--resume", best, "--data-path", root, *machine)
+            test += ("--allow-short",) if args.incomplete else ()
+            protocols = {"": ()}
+            if dataset == "sysu":
+                both = ("--mode", "all", "indoor", "--shot", 1, 10, "--galleries")
+                protocols = {"_seeded": (*both, "seeded")}
+                if (root / "exp" / "rand_perm_cam.mat").exists():
+                    protocols["_published"] = (*both, "published")
+            for which, words in protocols.items():
+                report = out / f"{name}{which}_test.json"
+                commands[f"{name}{which}_test"] = (*test, *words, "--json", report)
+    if not commands:
+        raise UserError(f"--data-path {args.data_path}: none of the folders {', '.join(PUBLIC)} is there")
+    return commands
+
+
+def do(name: str, command: tuple[object, ...], args: argparse.Namespace) -> dict[str, object]:
+    """Run a command of the plan and return what is remembered of it."""
+    start = time.perf_counter()
+    status, _ = run(*command, accepted=(0, 1) if name.endswith("_check") else (0,))
+    if status and not args.incomplete:
+        raise UserError(f"{command[4]} is not complete, see above: --incomplete goes on all the same")
+    return {"command": words_of(*command), "seconds": time.perf_counter() - start, "status": status}
+
+
+def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: argparse.Namespace) -> None:
+    """Print what the missing trainings will take, from a few steps on synthetic images of the same size."""
+    hours, size = 0.0, 0.0
+    for dataset in PUBLIC:
+        runs = [name for name in missing if name.startswith(f"{dataset}_") and name.endswith("_train")]
+        if not runs:
+            continue
+        splits = 10 if dataset == "regdb" else 1
+        settings = parse_args(["--dataset", dataset, *extra])
+        samples = train_samples(dataset, Path(args.data_path, dataset), 1 if dataset == "regdb" else None)
+        visible, infrared = (len(samples[modality].paths) for modality in ("visible", "infrared"))
+        batches = IdentityBatches(class_labels(samples), settings.batch_size, settings.num_pos, 0)
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder, dataset)
+            people = ("--identities", 2 * settings.batch_size, "--test-identities", 2, "--images", 2)
+            run("-m synthetic", "--dataset", dataset, "--data-path", root, *people, quiet=True)
+            if dataset == "sysu":
+                shape = ("--img-h", settings.img_h, "--img-w", settings.img_w)
+                run("pre_process_sysu.py", "--data-path", root, *shape, quiet=True)
+            words = (*extra, "--dataset", dataset, "--stem", args.stem[0], *machine_flags(args), "--check")
+            paths = ("--data-path", root, "--model-path", folder, "--log-path", folder)
+            _, text = run("train.py", *words, *paths, quiet=True)
+        step = float(re.search(r"one step: loss .*?, ([\d.]+) s", text)[1])
+        memory = re.findall(r"^(.*memory.*: at most .*)$", text, re.MULTILINE)
+        checkpoints = float(re.search(r"checkpoints: about (\d+) MB", text)[1]) / 1000
+        # A step is forward and backward, about three times the forward pass, of 3n images; the memory's reset
+        # is a forward pass of every visible image, twice, and of every infrared one.
+        forward = step / (9 * settings.batch_size * settings.num_pos)
+        epoch = len(batches) * step + (2 * visible + infrared) * forward
+        own = len(runs) * splits * settings.epochs * epoch / 3600
+        arrays = splits * (visible + infrared) * settings.img_h * settings.img_w * 3 / 1e9
+        hours, size = hours + own, size + arrays + len(runs) * splits * checkpoints
+        print(
+            f"{dataset}: {len(runs) * splits} trainings, {settings.epochs} epochs of {len(batches)} steps of "
+            f"{step:.2f} s: {own:.1f} h; {'; '.join(memory)}"
+        )
+    print(
+        "an estimate, from three timed steps of each dataset on synthetic images, without evaluations: "
+        f"{hours:.1f} hours, {size:.1f} GB of disk"
+    )
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and of several seeds ± standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
+def markdown(rows: list[tuple[object, ...]]) -> str:
+    """A table, heads first."""
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def tables(commands: list[str], out: Path, stem: str) -> list[str]:
+    """What the reports of test.py say of a dataset's models of one stem; commands: the tests' names."""
+    rows, trials, settings = {}, [], {}
+    for name in commands:
+        if not (out / f"{name}.json").exists():
+            continue
+        report = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        settings, seed = report["checkpoints"][0], re.search(r"seed(\d+)", name)[1]
+        for row in report["results"]:
+            key = tuple(row[k] for k in ("dataset", "mode", "shot", "galleries"))
+            rows.setdefault(key, []).append((100 * row["mean"]["cmc"][0], 100 * row["mean"]["mAP"]))
+            own = {t: f"{100 * of['cmc'][0]:.2f} / {100 * of['mAP']:.2f}" for t, of in row["trials"].items()}
+            trials.append((Protocol(*key).row, seed, own))
+    if not rows:
+        return [f"Stem `{stem}`: not measured."]
+    lines = [HEADS]
+    for key, found in rows.items():
+        ours, paper = list(zip(*found, strict=True)), PAPER.get(key[:3])
+        gaps = [f"{statistics.mean(o) - p:+.2f}" for o, p in zip(ours, paper, strict=True)] if paper else "--"
+        lines.append((Protocol(*key).row, *map(spread, ours), *(paper or "--"), *gaps))
+    heads = ("protocol", "seed", *trials[0][2])
+    return [
+        f"Stem `{stem}`, per cent. Tested: {settings['selection']}.",
+        markdown(lines),
+        "Rank-1 / mAP of each trial:",
+        markdown([heads, *((row, seed, *own.values()) for row, seed, own in trials)]),
+        "Settings: " + ", ".join(f"{k} {v}" for k, v in settings["args"].items() if k != "command") + ".",
+    ]
+
+
+def write_results(out: Path, commands: Iterable[str], done: dict[str, dict], stems: list[str]) -> None:
+    """RESULTS.md: the tables, and what they were made with."""
+    parts = ["# Results", f"Made by `{shlex.join(['python', '-m', 'tools.reproduce', *sys.argv[1:]])}`."]
+    for dataset in PUBLIC:
+        if f"{dataset}_check" not in commands:
+            continue
+        state = {0: "complete", 1: "**not complete**"}.get(done.get(f"{dataset}_check", {}).get("status"))
+        parts += [f"## {DATASETS[dataset].title}", f"tools.check: {state}."]
+        for stem in stems:
+            tests = [n for n in commands if n.startswith(f"{dataset}_{stem}_") and n.endswith("_test")]
+            parts += tables(tests, out, stem)
+    lines = {f"{platform.platform()}, {os.cpu_count()} cores"}
+    for path in out.glob("log/*/*.log"):  # each line begins with its time
+        own = (line[20:] for line in path.read_text(encoding="utf-8").splitlines())
+        lines |= {line for line in own if line.startswith(("versions: ", "device: "))}
+    parts += ["## Made with", "\n".join(f"- {line}" for line in sorted(lines))]
+    hours = [(name, f"{own['seconds'] / 3600:.2f}") for name, own in done.items()]
+    total = sum(own["seconds"] for own in done.values()) / 3600
+    parts += [f"## Time: {total:.2f} hours", markdown([("command", "hours"), *hours])]
+    with whole_file(out / "RESULTS.md") as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def main(command: tuple[argparse.Namespace, list[str]]) -> None:
+    """Do what is missing, in order, and write RESULTS.md after every command."""
+    args, extra = command
+    log_to_terminal(stream=sys.stderr)
+    out = Path(args.output)
+    path = out / "done.json"
+    done = json.loads(path.read_text()) if path.exists() else {}
+    commands = plan(args, extra)
+    missing = {
+        n: words for n, words in commands.items() if done.get(n, {}).get("command") != words_of(*words)
+    }
+    if args.dry_run:
+        for words in missing.values():
+            print(shlex.join(words_of(*words)))
+        estimate(missing, extra, args)
+        return
+    for name, words in missing.items():
+        done[name] = do(name, words, args)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(done, indent=1), encoding="utf-8")
+        write_results(out, commands, done, args.stem)
+    print(f"all done: {out / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main, lambda: get_args_parser().parse_known_args())
