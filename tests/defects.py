@@ -119,6 +119,10 @@ weight decay that bypasses Adam's moments
 - optimizer=torch.optim.Adam(
 + optimizer=torch.optim.AdamW(
 
+a table learns too slowly
+- add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy (0.25)")
++ add("--momentum", type=fraction, default=0.75, help="weight of a modality's old proxy (0.25)")
+
 --proxies is ignored
 - return bank, MCE(bank, weights, args.proxies, args.margin)
 + return bank, MCE(bank, weights, "historical", args.margin)
@@ -144,10 +148,6 @@ a term has another weight
 + WEIGHTS = {"shared": 1.0, "visible": 1.0, "infrared": 1.0, "aux": 0.4, "align": 1.0, "center": 1.0}
 
 == memory.py, test_train.py
-
-a table learns too slowly
-- momentum: float = 0.25,
-+ momentum: float = 0.75,
 
 the shared table learns from visible features only
 - self.shared.update(everything, labels.repeat(len(modalities)))
@@ -175,12 +175,6 @@ a process's memory is of its own images
 gradients are each process's own
 - if processes.world_size > 1:
 + if False:
-
-== devices.py, test_processes.py
-
-a process puts its own features first
-- return gathered.flatten(0, 1)
-+ return gathered.roll(self.rank, 0).flatten(0, 1)
 
 == train.py, test_fake_cuda.py
 

@@ -6,7 +6,7 @@ from itertools import islice
 import pytest
 import torch
 from conftest import run_script, tiny_flags
-from plain_training import assert_state, start_training, tables, take_steps
+from plain_training import assert_step, start_training, tables, take_steps
 
 from checkpoints import load_checkpoint
 from eval_metrics import k_reciprocal
@@ -29,6 +29,8 @@ def test_a_step_is_the_cpus(sysu):
     losses, memories, states = [], [], []
     for gpu in ("-1", GPU):
         training = start_training(sysu, "--gpu", gpu)
+        # With Adam's usual epsilon, rounding decides about weights that have hardly a gradient.
+        training.optimizer.param_groups[0]["eps"] = 0.1
         begin = weights_and_gradients(training)
         rebuild_memory(training, 0)
         losses.append(take_steps(training, 1))
@@ -37,8 +39,7 @@ def test_a_step_is_the_cpus(sysu):
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(*memories, rtol=1e-3, atol=1e-3)
     begin |= {name: torch.zeros_like(own) for name, own in states[0].items() if name.startswith("gradient")}
-    # Adam's first step is the rate times the gradient's sign, which rounding turns where there is hardly any.
-    assert_state(states[1], states[0], begin, tolerance=0.1)
+    assert_step(begin, states[1], states[0], tolerance=0.05)
 
 
 def test_every_cache_gives_the_batches_of_the_cpu(sysu):

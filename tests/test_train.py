@@ -13,8 +13,9 @@ from conftest import ENVIRONMENT, REPOSITORY, run_script, tiny_flags
 from PIL import Image
 from plain_training import (
     PlainTraining,
-    assert_state,
+    assert_step,
     plain_tables,
+    recorded,
     start_training,
     state,
     tables,
@@ -50,12 +51,13 @@ def only(folder, pattern):
 def test_steps_do_what_the_method_says(sysu, proxies):
     training = start_training(sysu, "--proxies", proxies)
     rebuild_memory(training, 0)
-    begin, plain = state(training), PlainTraining(training)
-    batches = list(training.loader.epoch(0))[:3]
-    losses = train_one_epoch(training, batches, 0)
-    expected = torch.cat([plain.step([batch], training.args.lr) for batch in batches])
-    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-4)
-    assert_state(state(training), plain.state(), begin)
+    plain, batches, states = PlainTraining(training), list(training.loader.epoch(0))[:3], []
+    losses = train_one_epoch(training, recorded(training, batches, states), 0)
+    for k, batch in enumerate(batches):
+        plain.load([states[k]])
+        expected = plain.step([batch], training.args.lr)
+        torch.testing.assert_close(losses[k : k + 1], expected, rtol=1e-4, atol=1e-4)
+        assert_step(states[k], states[k + 1], plain.state())
 
 
 def test_visible_and_aux_images_go_through_one_stem_and_infrared_through_the_other(sysu):
@@ -88,7 +90,7 @@ def test_a_step_in_a_scaled_loss_is_the_same_step(sysu):
         begin = state(training)
         take_steps(training, 2)
         steps.append(state(training))
-    assert_state(*steps, begin)
+    assert_step(begin, *steps)
 
 
 def test_a_step_that_overflows_changes_no_weight_and_halves_the_scale(sysu):
