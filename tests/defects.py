@@ -8,6 +8,7 @@ step changes: it takes some minutes. Lines that are no longer in the source are 
 """
 
 import argparse
+import functools
 import multiprocessing
 import os
 import shutil
@@ -250,7 +251,7 @@ def put_in(path: Path, old: list[str], new: list[str]) -> None:
 
 
 def first_failure(folder: Path, tests: str) -> str | None:
-    """The test of a file that fails first in a copy of the repository; None: all pass."""
+    """Which of tests, a file or one of its tests, fails first in a copy of the repository; None: all pass."""
     failures = multiprocessing.SimpleQueue()
 
     class Reporter:
@@ -272,7 +273,7 @@ def first_failure(folder: Path, tests: str) -> str | None:
     child.join(LIMIT)
     if child.is_alive():
         child.terminate()
-        return f"{tests}: not done after {LIMIT} s"
+        raise SystemExit(f"{tests}: not done after {LIMIT} s")
     return None if failures.empty() else failures.get()
 
 
@@ -282,6 +283,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="WORD", help="defects with one of these words")
     only = parser.parse_args().only
     chosen = [own for own in parse(DEFECTS) if only is None or any(word in own[0] for word in only)]
+    fails_anyway = functools.cache(lambda test: first_failure(ROOT, test) is not None)
     noticed = 0
     for name, file, tests, old, new in chosen:
         with tempfile.TemporaryDirectory() as temporary:
@@ -290,6 +292,8 @@ def main() -> int:
             shutil.copytree(ROOT, folder, ignore=left_out)
             put_in(folder / file, old, new)
             test = first_failure(folder, tests)
+        if test is not None and fails_anyway(test):
+            raise SystemExit(f"{test} fails without a defect too")
         noticed += test is not None
         print(f"{name:56} {test or 'NOT NOTICED'}", flush=True)
     print(f"{noticed} of {len(chosen)} defects noticed")

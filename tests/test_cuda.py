@@ -135,7 +135,8 @@ def test_a_check_says_how_much_of_the_gpu_a_run_takes(sysu, tmp_path):
 def test_evaluation_is_the_cpus(sysu):
     training = start_training(sysu, "--gpu", GPU)
     take_steps(training, 2)
-    assert 0 < evaluate(training).mAP <= 1
+    metrics, _ = evaluate(training)
+    assert 0 < metrics.mAP <= 1
     evaluation, args = training.evaluation, training.args
     settings = None, args.test_batch, args.workers, training.processes
     features = evaluation.features(training.model, training.device, *settings)
@@ -147,11 +148,11 @@ def test_evaluation_is_the_cpus(sysu):
     generator = torch.Generator().manual_seed(0)
     scored = {m: torch.randn(own.shape, generator=generator) for m, own in expected.items()}
     scored = {modality: own / own.norm(dim=1, keepdim=True) for modality, own in scored.items()}
-    metrics = {}
+    results = {}
     for device in ("cpu", training.device):
         on_device = {modality: own.to(device) for modality, own in scored.items()}
-        [metrics[device]] = evaluation.score(on_device).values()
-    for found, wanted in zip(metrics[training.device], metrics["cpu"], strict=True):
+        [results[device]] = evaluation.score(on_device).values()
+    for found, wanted in zip(results[training.device], results["cpu"], strict=True):
         assert found.cmc == pytest.approx(wanted.cmc)
         assert found[1:] == pytest.approx(wanted[1:])
 

@@ -27,7 +27,12 @@ def train_one_of_two(rank, port, root, folder):
     torch.set_num_threads(1)
     training, states = start_training(root, *FLAGS), []
     epoch = training.loader.epoch
-    training.loader.epoch = lambda number: recorded(training, epoch(number), states)
+
+    def recorded_epoch(number):
+        states.clear()  # of a batch that was only looked at
+        return recorded(training, epoch(number), states)
+
+    training.loader.epoch = recorded_epoch
     fit(training, Run("two", "sysu", f"{folder}/save_model", f"{folder}/log"))
     states.append(state(training))
     rebuild_memory(training, 1)

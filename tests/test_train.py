@@ -27,6 +27,7 @@ import train
 from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import train_samples
 from eval_metrics import Metrics
+from results.events import Board
 from runs import Run
 from train import evaluate_if_due, fit, learning_rate, rebuild_memory, train_one_epoch
 from training import open_run, parse_args
@@ -183,10 +184,11 @@ def test_each_epoch_begins_with_a_memory_of_the_network_as_it_is(epochs):
 def test_the_best_epoch_has_the_highest_map_and_is_the_first_of_equal_ones(sysu, tmp_path, monkeypatch):
     training = start_training(sysu, "--epochs", 5, "--eval-start", 0, "--eval-every", 1)
     run, maps = KeptRun(tmp_path, training), [0.3, 0.5, 0.5, 0.4, 0.5]
-    monkeypatch.setattr(train, "evaluate", lambda _: Metrics(np.full(20, 0.6), maps[training.epoch - 1], 0.2))
+    results = [(Metrics(np.full(20, 0.6), mAP, 0.2), {}) for mAP in maps]
+    monkeypatch.setattr(train, "evaluate", lambda _: results[training.epoch - 1])
     for epoch in range(1, 6):
         training.epoch = epoch
-        evaluate_if_due(training, run, None)
+        evaluate_if_due(training, run, Board(None, 0))
     assert run.chosen == [1, 2]
     assert training.best == {"epoch": 2, "rank1": 0.6, "mAP": 0.5, "mINP": 0.2}
 
