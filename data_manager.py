@@ -1,6 +1,6 @@
 """What the datasets are: layouts, splits, queries, galleries and trials; paths and ids, no pixels.
 
-The layouts and protocols are those of docs/method.md, section 8; own images are in own_data.py.
+The layouts and protocols are those of docs/method.md, section 8; own images are in storage/own_data.py.
 """
 
 import functools
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-import own_data
-from dataset_files import (
+from storage import own_data
+from storage.lists import (
     Cells,
     image_paths,
     index_labels,

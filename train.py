@@ -29,7 +29,8 @@ from evaluation import Features
 from model import extract_features
 from results.events import Board
 from runs import Run, environment
-from training import SELECTION, Training, build_training, get_args_parser, open_run
+from runs.settings import get_args_parser, open_run
+from training import SELECTION, Training, build_training
 from utils import UserError, log, log_to_terminal, run_script
 
 Batches = Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]

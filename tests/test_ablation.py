@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from runs.settings import parse_args
 from tools import ablation
-from training import parse_args
 from utils import UserError
 
 FLAGS = ["--quick", "--seeds", "1", "--gpu", "-1", "--amp", "off", "--workers", "1", "--output", "out"]

@@ -15,13 +15,11 @@ from conftest import draw_images, read_slowly
 from PIL import Image
 
 import images
-from images import (
-    UnreadableImages,
+from images import UnreadableImages, decode, find_pixel_range, read_image
+from storage import arrays as storage_arrays
+from storage.arrays import (
     array_files,
-    decode,
-    find_pixel_range,
     open_training_arrays,
-    read_image,
     training_arrays,
     write_array,
     write_training_arrays,
@@ -382,7 +380,7 @@ def test_training_arrays_come_back(folder, paths):
         assert arrays.labels[modality].dtype == np.int64
         assert isinstance(arrays.images[modality], np.memmap)
     assert arrays.pids == PIDS
-    assert arrays.fingerprint == images.fingerprint(paths)
+    assert arrays.fingerprint == storage_arrays.fingerprint(paths)
 
 
 def test_training_arrays_have_the_names_of_this_family_of_code(folder):
@@ -391,12 +389,12 @@ def test_training_arrays_have_the_names_of_this_family_of_code(folder):
 
 
 def test_fingerprint_moves_with_the_dataset(tmp_path, paths):
-    before = images.fingerprint(paths)
+    before = storage_arrays.fingerprint(paths)
     shutil.move(tmp_path / "data", tmp_path / "moved")
     moved = {
         modality: [path.replace("/data/", "/moved/") for path in part] for modality, part in paths.items()
     }
-    assert images.fingerprint(moved) == before
+    assert storage_arrays.fingerprint(moved) == before
 
 
 def change_pixels(folder, paths):
@@ -520,7 +518,7 @@ def test_unreadable_images_of_both_modalities_leave_the_former_arrays(folder, pa
 
 def test_a_full_disk_is_refused_before_it_starts(tmp_path, paths, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 5000))
-    monkeypatch.setattr(images, "decode", lambda *args: pytest.fail("began to decode"))
+    monkeypatch.setattr(storage_arrays, "decode", lambda *args: pytest.fail("began to decode"))
     with pytest.raises(UserError, match=r"arrays: the arrays need .* GB"):
         write_training_arrays(tmp_path / "arrays", paths, LABELS, PIDS, 20, 8, 2)
     assert contents(tmp_path / "arrays") == {}
@@ -530,8 +528,8 @@ def test_training_arrays_decodes_once(tmp_path, paths, monkeypatch):
     args = (tmp_path / "cache", paths, LABELS, PIDS, 20, 8, 2, "train_3")
     made = training_arrays(*args)
     calls = []
-    write = images.write_training_arrays
-    monkeypatch.setattr(images, "write_training_arrays", lambda *a: calls.append(a) or write(*a))
+    write = storage_arrays.write_training_arrays
+    monkeypatch.setattr(storage_arrays, "write_training_arrays", lambda *a: calls.append(a) or write(*a))
     again = training_arrays(*args)
     assert calls == []
     np.testing.assert_array_equal(made.images["visible"], again.images["visible"])

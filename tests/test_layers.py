@@ -9,16 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = (  # each may import those before it
-    "utils", "devices", "checkpoints", "images", "augmentation", "dataset_files", "own_data", "data_manager",
-    "data_loader", "memory", "loss", "model", "reranking", "eval_metrics", "evaluation", "runs", "training",
-    "synthetic.people", "synthetic", "results",
+    "utils", "devices", "checkpoints", "images", "augmentation", "storage", "storage.lists",
+    "storage.own_data", "storage.arrays", "data_manager", "data_loader", "memory", "loss", "model",
+    "reranking", "eval_metrics", "evaluation", "runs", "runs.settings", "training", "synthetic.people",
+    "synthetic", "results",
 )  # fmt: skip
 COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}
-WITHOUT_TORCH = ("utils", "images", "dataset_files", "own_data", "data_manager", "synthetic")
+WITHOUT_TORCH = ("utils", "images", "storage.lists", "storage.own_data", "data_manager", "synthetic")
 
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for pattern in ("*.py", "synthetic/*.py", "results/*.py", "tools/*.py")
+    for pattern in ("*.py", "storage/*.py", "runs/*.py", "synthetic/*.py", "results/*.py", "tools/*.py")
     for path in ROOT.glob(pattern)
 }
 
@@ -69,7 +70,7 @@ def test_an_import_is_found_wherever_it_hides(tmp_path):
 def test_what_needs_no_torch_does_not_wait_for_it(file):
     """The files that read or draw a dataset start at once; PIL is for those that have to do with pixels."""
     banned = {"torch", "torchvision"} | (
-        {"PIL"} if file in ("utils", "dataset_files", "own_data", "data_manager") else set()
+        {"PIL"} if file in ("utils", "storage.lists", "storage.own_data", "data_manager") else set()
     )
     code = f"import sys, {file}; print(*sorted({banned} & set(sys.modules)))"
     loaded = subprocess.run(

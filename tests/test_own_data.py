@@ -15,7 +15,7 @@ import synthetic
 from checkpoints import load_checkpoint
 from data_manager import DATASETS, dataset_root, gallery_samples, query_samples, read_split, train_samples
 from evaluation import Evaluation, Protocol
-from own_data import draw_split, numbers
+from storage.own_data import draw_split, numbers
 from tools.check import check
 
 V2I, I2V = DATASETS["folder"].modes
@@ -307,7 +307,7 @@ def test_sixteen_bit_infrared_images_train_and_test_by_one_range(tmp_path, train
     assert "24 of 48 training images have more than eight bits" in output
     low, high = load_checkpoint("save_model/warm_last.t")["args"]["pixel_range"]
     assert 29000 <= low < high <= 31550
-    words = ["--resume", "save_model/warm_best.t", "--gpu", -1, "--data-path", root, "--figure", "a.png"]
+    words = ["--resume", "save_model/warm_best.t", "--gpu", -1, "--data-path", root]
     tested = run_script("test.py", *words, cwd=".")
     assert tested.returncode == 0, tested.stderr
     assert float(re.search(r"mAP ([0-9.]+)", output)[1]) == pytest.approx(  # as training measured it

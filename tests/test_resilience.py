@@ -21,13 +21,13 @@ import torchvision
 from conftest import ENVIRONMENT, REPOSITORY, command, tiny_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import images
 import loss
 import synthetic
 import train
 from checkpoints import load_checkpoint
 from runs import Run
-from training import open_run
+from runs.settings import open_run
+from storage import arrays
 
 EPOCHS = 4
 
@@ -208,13 +208,13 @@ def test_a_signal_stops_the_decoding_of_images(tmp_path, train_here, monkeypatch
     """Of RegDB's training images, which are decoded on the first run; nothing of them is left."""
     root = tmp_path / "regdb"
     synthetic.draw_dataset(synthetic.plan_regdb(4, 2, 2, 0), root, height=48, width=24)
-    original = images.decode
+    original = arrays.decode
 
     def interrupted(*args, **settings):
         os.kill(os.getpid(), signal.SIGTERM)
         yield from original(*args, **settings)
 
-    monkeypatch.setattr(images, "decode", interrupted)
+    monkeypatch.setattr(arrays, "decode", interrupted)
     status, output, _ = train_here(*tiny_flags(root), "--dataset", "regdb", "--epochs", 1)
     assert status == 143
     assert "stopped; to continue: " in output

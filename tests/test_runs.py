@@ -11,7 +11,7 @@ import torch
 
 from checkpoints import load_checkpoint, save_checkpoint
 from runs import MAY_CHANGE, Run, environment, run_name, versions
-from training import STATE, dataset_defaults, get_args_parser, open_run, parse_args
+from runs.settings import STATE, dataset_defaults, get_args_parser, open_run, parse_args
 from utils import UserError, log, log_to_terminal
 
 NET = {"w": torch.zeros(3)}

@@ -29,8 +29,8 @@ from data_manager import train_samples
 from eval_metrics import Metrics
 from results.events import Board
 from runs import Run
+from runs.settings import open_run, parse_args
 from train import evaluate_if_due, fit, learning_rate, rebuild_memory, train_one_epoch
-from training import open_run, parse_args
 
 TERMS = ("shared", "visible", "infrared", "aux", "align", "center")
 

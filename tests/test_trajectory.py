@@ -12,7 +12,8 @@ from conftest import tiny_flags
 
 import train
 from devices import Processes
-from training import build_training, parse_args
+from runs.settings import parse_args
+from training import build_training
 from utils import MODALITIES
 
 STEPS = 4  # of each epoch

@@ -12,7 +12,8 @@ import train
 from devices import Processes
 from loss import LOSSES, WEIGHTS
 from model import from_checkpoint
-from training import build_training, parse_args
+from runs.settings import parse_args
+from training import build_training
 
 VARIANTS = {  # flags: where the setting arrives
     "--temperature 0.2": lambda bank, _: bank.aux.temperature == 0.2,

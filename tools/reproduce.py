@@ -25,8 +25,8 @@ from data_loader import IdentityBatches
 from data_manager import DATASETS, class_labels, train_samples
 from evaluation import Protocol
 from model import STEMS
+from runs.settings import parse_args
 from tools.commands import run, words_of
-from training import parse_args
 from utils import Parser, UserError, at_least, device_flags, log_to_terminal, run_script, whole_file
 
 PUBLIC = ("sysu", "regdb", "llcm")

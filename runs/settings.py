@@ -1,0 +1,299 @@
+"""A run's settings in three layers: the dataset's, over them its checkpoint's, over them what is typed."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from augmentation import PAD
+from checkpoints import load_checkpoint
+from data_manager import DATASETS
+from evaluation import mode_name
+from loss import BASELINE_WEIGHTS, LOSSES, MARGIN, PROXIES, WEIGHTS
+from model import ARCHS, STEMS
+from runs import MAY_CHANGE, Run, run_name
+from utils import Parser, UserError, at_least, data_flags, device_flags, positive, seed_number
+
+STATE = {
+    "loss", "optimizer", "scaler", "epoch", "evaluated", "best", "cmc", "mAP", "mINP", "data", "world_size",
+}  # fmt: skip
+
+
+def get_args_parser() -> Parser:
+    """The command line of train.py; defaults that the dataset decides are in dataset_defaults."""
+    parser = Parser(
+        prog="train.py",
+        description="Train memory-based contrastive embedding. Defaults stand in brackets.",
+        parents=[data_flags(), device_flags()],
+    )
+    data = next(group for group in parser._action_groups if group.title == "data")
+    data.add_argument("--dataset", choices=DATASETS, default="sysu", help="which dataset (sysu)")
+    data.add_argument("--array-path", metavar="DIR", help="training arrays (the dataset's folder)")
+    data.add_argument(
+        "--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="values that become grey 0 and 255 in images of more than eight bits (found from the training "
+        "images)",
+    )  # fmt: skip
+    data.add_argument(
+        "--test-identities", type=at_least(1), metavar="N",
+        help="own images without a split: draw, once, the N identities that are tested on",
+    )  # fmt: skip
+    data.add_argument("--trial", type=trial, metavar="N", help="RegDB's split, 1 to 10, or all in turn (1)")
+    data.add_argument(
+        "--cache", choices=("auto", "device", "host", "disk"), default="auto",
+        help="where the training pixels live; auto: the GPU if they fit in a third of its free memory, "
+        "else memory-mapped from disk (auto)",
+    )  # fmt: skip
+    network = parser.add_argument_group("network")
+    network.add_argument("--arch", choices=ARCHS, default="resnet50", help="trunk (resnet50)")
+    network.add_argument(
+        "--stem", choices=STEMS, default="two-stream", help="shared: as in the released code (two-stream)"
+    )
+    network.add_argument(
+        "--weights", default="imagenet", metavar="imagenet|none|FILE",
+        help="where training starts; FILE: a state dict of torchvision's, or a checkpoint to fine-tune "
+        "(imagenet)",
+    )  # fmt: skip
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add(
+        "--epochs", type=at_least(0), default=160, metavar="N",
+        help="epochs in all; 0: evaluate and save the untrained network (160)",
+    )  # fmt: skip
+    add("--lr", type=positive, default=3.5e-4, metavar="RATE", help="base rate (0.00035)")
+    add(
+        "--warmup-epochs", type=at_least(1), default=10, metavar="N",
+        help="epochs over which the rate rises to its base (10)",
+    )  # fmt: skip
+    add(
+        "--decay-epochs", type=at_least(0), nargs=2, metavar="N",
+        help="the rate falls tenfold after the first and again from the second on, epochs counted from 0 "
+        "(20 40, RegDB 30 60)",
+    )  # fmt: skip
+    add(
+        "--batch-size", type=at_least(1), default=8, metavar="IDENTITIES",
+        help="identities of a batch, per process (8)",
+    )  # fmt: skip
+    add(
+        "--num-pos", type=at_least(1), metavar="IMAGES",
+        help="images of an identity and modality in a batch (4, RegDB 5)",
+    )  # fmt: skip
+    add(
+        "--pad", type=at_least(0), default=PAD, metavar="PIXELS",
+        help=f"border that random crops reach into; less for images smaller than the paper's ({PAD})",
+    )  # fmt: skip
+    add("--seed", type=seed_number, default=0, metavar="N", help="of all randomness (0)")
+    add("--deterministic", action="store_true", help="only algorithms that repeat exactly, on a GPU too")
+    add("--compile", action="store_true", help="torch.compile the network: a slow start, no gain on a CPU")
+    add_method_flags(parser)
+    evaluation = parser.add_argument_group("evaluation during training")
+    add = evaluation.add_argument
+    add(
+        "--mode", type=mode_name, metavar="MODE",
+        help="protocol: all or indoor (all); RegDB and LLCM: visible-to-infrared or infrared-to-visible "
+        "(visible-to-infrared)",
+    )  # fmt: skip
+    add(
+        "--select", choices=("test", "val", "last"), default="test",
+        help="_best.t is chosen on the test split, as the literature does; on the val ids, which are then "
+        "not trained on (sysu); or not at all (test)",
+    )  # fmt: skip
+    add("--eval-start", type=at_least(0), default=10, metavar="N", help="after epoch N (10)")
+    add("--eval-every", type=at_least(1), default=2, metavar="N", help="every N epochs (2)")
+    outputs = parser.add_argument_group("outputs and resuming")
+    add = outputs.add_argument
+    add("--name", help="name of the run (one made of its settings)")
+    add("--model-path", default="save_model", metavar="DIR", help="folder of checkpoints (save_model)")
+    add("--log-path", default="log", metavar="DIR", help="folder of logs and of TensorBoard's events (log)")
+    add("--resume", metavar="FILE|auto", help="continue a run; auto: the one of these settings")
+    add("--overwrite", action="store_true", help="replace the run of these settings")
+    add(
+        "--check", action="store_true",
+        help="try data, one step, one evaluation batch and the outputs, and report what was found",
+    )  # fmt: skip
+    return parser
+
+
+def add_method_flags(parser: Parser) -> None:
+    """Add what distinguishes the method from its variants: docs/method.md, sections 5 and 6."""
+    add = parser.add_argument_group("method").add_argument
+    add(
+        "--loss", choices=LOSSES, default="mce",
+        help="the others: baselines without a memory, identity cross-entropy and a triplet loss (mce)",
+    )  # fmt: skip
+    add(
+        "--loss-weights", type=term_weight, nargs="+", metavar="TERM=WEIGHT",
+        help="weights of terms that shall differ: "
+        + ", ".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
+        + "; of the baselines: "
+        + ", ".join(f"{name}={weight:g}" for name, weight in BASELINE_WEIGHTS.items()),
+    )  # fmt: skip
+    add("--temperature", type=positive, default=0.05, help="of the memory's logits (0.05)")
+    add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy (0.25)")
+    add("--shared-momentum", type=fraction, default=0.1, help="weight of the old shared proxy (0.1)")
+    add(
+        "--update", choices=("hard", "mean"), default="hard",
+        help="what a shared proxy learns from: the least similar feature of its identity, or the mean (hard)",
+    )  # fmt: skip
+    add(
+        "--proxies", choices=PROXIES, default="historical",
+        help="what the align term compares with (historical)",
+    )  # fmt: skip
+    add("--margin", type=positive, default=MARGIN, help=f"of the terms center and hard triplet ({MARGIN})")
+    add("--no-aux", action="store_true", help="make no aux images: two modalities, three memories")
+
+
+def term_weight(text: str) -> str:
+    """An argparse type: TERM=WEIGHT with a weight of at least 0."""
+    name, _, weight = text.partition("=")
+    if name not in WEIGHTS | BASELINE_WEIGHTS or not 0 <= float(weight or "nan") < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no TERM=WEIGHT: terms are {', '.join(WEIGHTS | BASELINE_WEIGHTS)}, weights at least 0"
+        )
+    return text
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return value
+
+
+def loss_weights(args: argparse.Namespace) -> dict[str, float]:
+    """The weight of each term of the run's loss."""
+    weights = dict(WEIGHTS if args.loss == "mce" else BASELINE_WEIGHTS)
+    for name, _, weight in (words.partition("=") for words in args.loss_weights or ()):
+        if name not in weights:
+            raise UserError(
+                f"--loss-weights: --loss {args.loss} has the terms {', '.join(weights)}, no {name}"
+            )
+        weights[name] = float(weight)
+    return weights
+
+
+def trial(text: str) -> str:
+    """An argparse type: "1" to "10", or "all"."""
+    if text not in ("all", *map(str, DATASETS["regdb"].trials)):
+        raise argparse.ArgumentTypeError(f"{text} is no trial: RegDB's are 1 to 10, or all")
+    return text
+
+
+def dataset_defaults(name: str) -> dict[str, object]:
+    """The flags' defaults that a dataset decides."""
+    facts = DATASETS[name]
+    return {
+        "img_h": facts.height,
+        "img_w": facts.width,
+        "num_pos": facts.num_pos,
+        "decay_epochs": list(facts.decay_epochs),
+        "mode": facts.modes[0],
+        "trial": "1" if name == "regdb" else None,
+    }
+
+
+def parse_args(
+    argv: Sequence[str] | None = None,
+    saved: Mapping[str, object] | None = None,
+    path: str | os.PathLike | None = None,
+) -> argparse.Namespace:
+    """The settings of a run: the dataset's, over them those saved in a checkpoint, over them what is typed.
+
+    Args:
+        argv: the words of the command line, which the result keeps as `command`; None: this process's.
+        saved: settings of the run that is continued, see settings_to_resume.
+        path: the checkpoint that saved comes from, for messages.
+
+    Raises:
+        UserError: a wrong flag, or a typed one that contradicts the run that is continued.
+    """
+    argv, saved = list(sys.argv[1:] if argv is None else argv), dict(saved or {})
+    parser = get_args_parser()
+    parser.set_defaults(**saved)
+    dataset = parser.parse_args(argv).dataset
+    parser.set_defaults(**dataset_defaults(dataset) | saved)
+    args = parser.parse_args(argv)
+    for key in saved.keys() - MAY_CHANGE:
+        if (typed := vars(args)[key]) != saved[key]:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"{flag} {typed} contradicts {path}, whose run has {saved[key]}")
+    facts = DATASETS[dataset]
+    if args.mode not in facts.modes:
+        parser.error(f"argument --mode: {args.mode} is none of {', '.join(facts.modes)}")
+    if args.decay_epochs[0] > args.decay_epochs[1]:
+        parser.error(f"argument --decay-epochs: {args.decay_epochs[1]} comes before {args.decay_epochs[0]}")
+    if args.trial is not None and dataset != "regdb":
+        parser.error(f"argument --trial: {facts.title} has one training split; only RegDB has ten")
+    if args.test_identities is not None and dataset != "folder":
+        parser.error(f"argument --test-identities: {facts.title} has a split of its own")
+    if args.select == "val" and dataset != "sysu":
+        parser.error("argument --select: only SYSU-MM01 has val ids")
+    loss_weights(args)
+    if args.loss != "mce":
+        for key in ("temperature", "momentum", "shared_momentum", "update", "proxies"):
+            if vars(args)[key] != parser.get_default(key):
+                parser.error(f"argument --{key.replace('_', '-')}: --loss {args.loss} has no memory")
+    if args.name is None:
+        args.name = run_name(vars(args), vars(parser.parse_args([])))
+    args.command = argv
+    return args
+
+
+def settings_to_resume(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
+    """The settings of a run that is continued, {dest: value}, as the command line would have read them.
+
+    Raises UserError naming path for a setting that no command line can give.
+    """
+    settings = checkpoint.get("args")
+    if not isinstance(settings, dict):
+        return {}
+    parser, words, kept = get_args_parser(), [], set()
+    for action in parser._actions:
+        value = settings.get(action.dest)
+        if action.dest in settings:
+            kept.add(action.dest)
+        if isinstance(value, list):
+            words += [action.option_strings[0], *map(str, value)]
+        elif value is True and action.const is True:
+            words.append(action.option_strings[0])
+        elif value is not None and value is not False:
+            words.append(f"{action.option_strings[0]}={value}")
+    try:
+        checked = vars(parser.parse_args(words))
+    except UserError as error:
+        raise UserError(f"{path}: its settings are refused: {error}") from error
+    return {key: checked[key] for key in kept}
+
+
+def open_run(argv: Sequence[str]) -> tuple[argparse.Namespace, Run, dict | None]:
+    """The settings, files and checkpoint (None at its start) of the run that a command line means.
+
+    --resume FILE: the run of that checkpoint, in its folder. --resume auto: the run of these settings, from
+    its last checkpoint if there is one. Raises UserError as parse_args does, and for a checkpoint that cannot
+    be continued.
+    """
+
+    def run_of(args: argparse.Namespace) -> Run:
+        return Run(args.name, args.dataset, args.model_path, args.log_path, args.trial)
+
+    typed = get_args_parser().parse_args(argv)
+    if typed.resume and typed.overwrite:
+        raise UserError("--overwrite would replace the run that --resume continues: give one of them")
+    if typed.resume in (None, "auto"):
+        args = parse_args(argv)
+        path = run_of(args).last
+        if typed.resume is None or not path.exists():
+            return args, run_of(args), None
+        places = {"model_path": args.model_path, "log_path": args.log_path}
+    else:
+        path = Path(typed.resume)
+        places = {"model_path": str(path.parent)}
+    checkpoint = load_checkpoint(path)
+    saved = settings_to_resume(checkpoint, path)
+    state = checkpoint.keys() >= STATE and isinstance(checkpoint["epoch"], int)
+    if not state or not saved.keys() >= {"dataset", "name"}:
+        raise UserError(f"--resume {path} holds no state of training: resume from a run's _last.t")
+    args = parse_args(argv, saved | places, path)
+    return args, run_of(args), checkpoint

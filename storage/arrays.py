@@ -1,0 +1,271 @@
+"""The arrays of training images on disk: made from image files once, opened by every run."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from images import FULL_RANGE, PixelRange, UnreadableImages, decode, find_pixel_range
+from utils import UserError, log, whole_file
+
+
+def write_array(
+    paths: Sequence[str],
+    file: str | os.PathLike,
+    height: int,
+    width: int,
+    workers: int,
+    progress: Callable[[int], object] | None = None,
+    pixel_range: PixelRange | None = None,
+) -> None:
+    """Decode paths into the .npy file (N, height, width, 3) uint8; progress is told how many, as they come.
+
+    Written piece by piece and not through a memory map, whose pages would count as this process's memory.
+    file is written in place: hand over the temporary name of utils.whole_file. UnreadableImages: all of them.
+    """
+    batches = decode(paths, height, width, workers, pixel_range=pixel_range)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), height, width, 3)}
+    with open(file, "wb") as stream, contextlib.closing(batches):
+        np.lib.format.write_array_header_1_0(stream, header)
+        for pixels in batches:
+            stream.write(pixels)
+            if progress:
+                progress(len(pixels))
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingArrays:
+    """The training images of both modalities, {"visible": …, "infrared": …}, and who is in them."""
+
+    images: dict[str, np.ndarray]  # (N, H, W, 3) uint8, memory-mapped
+    labels: dict[str, np.ndarray]  # (N,) int64, 0..C-1
+    pids: list[int] | None  # of label 0..C-1; None: not recorded
+    fingerprint: str | None  # of the image files; None: not recorded
+    pixel_range: PixelRange | None  # by which they were decoded; None: no image has more than eight bits
+
+
+def array_files(folder: str | os.PathLike, prefix: str = "train") -> dict[str, tuple[Path, Path]]:
+    """{modality: (images, labels)}: the files of training arrays, by the names this family of code shares."""
+    return {
+        modality: (
+            Path(folder, f"{prefix}_{word}_resized_img.npy"),
+            Path(folder, f"{prefix}_{word}_resized_label.npy"),
+        )
+        for modality, word in (("visible", "rgb"), ("infrared", "ir"))
+    }
+
+
+def _manifest_file(folder: str | os.PathLike, prefix: str) -> Path:
+    return Path(folder, f"{prefix}_resized.json")
+
+
+def fingerprint(paths: dict[str, Sequence[str]]) -> str:
+    """A sha256 over the relative path, size and modification time of every image of {modality: paths}."""
+    root = os.path.commonpath([os.path.dirname(path) for part in paths.values() for path in part])
+    digest = hashlib.sha256()
+    for modality in sorted(paths):
+        for path in paths[modality]:
+            try:
+                status = os.stat(path)
+                facts = (status.st_size, status.st_mtime_ns)
+            except OSError:  # decoding will name it
+                facts = None
+            digest.update(
+                repr((modality, os.path.relpath(path, root), facts)).encode("utf-8", "surrogateescape")
+            )
+    return digest.hexdigest()
+
+
+def write_training_arrays(
+    folder: str | os.PathLike,
+    paths: dict[str, Sequence[str]],
+    labels: dict[str, np.ndarray],
+    pids: Sequence[int],
+    height: int,
+    width: int,
+    workers: int,
+    prefix: str = "train",
+    progress: Callable[[int], object] | None = None,
+    pixel_range: PixelRange | None = None,
+) -> None:
+    """Decode {modality: paths} with {modality: labels (N,)} into the files of array_files and a manifest.
+
+    pids: those of label 0..C-1. pixel_range: see find_pixel_range, which finds one where it is None; the
+    manifest keeps it. The former files stay until the last image is written; the manifest, which
+    tells arrays from the images that they were made from, changes last.
+    UserError: too little disk space, found out before anything is decoded; as find_pixel_range.
+    UnreadableImages: all of them.
+    """
+    pixel_range = find_pixel_range([path for part in paths.values() for path in part], workers, pixel_range)
+    files = array_files(folder, prefix)
+    manifest = {
+        "height": height,
+        "width": width,
+        "images": {modality: len(paths[modality]) for modality in files},
+        "pids": [int(pid) for pid in pids],
+        "fingerprint": fingerprint(paths),  # before decoding: an image that changes meanwhile makes it stale
+        "pixel_range": pixel_range,
+    }
+    failures = []
+    with contextlib.ExitStack() as stack:  # leaves in reverse order
+        temporary = stack.enter_context(whole_file(_manifest_file(folder, prefix)))
+        temporary.write_text(json.dumps(manifest), encoding="utf-8")
+        need = sum(map(len, paths.values())) * (height * width * 3 + 8) + 4096
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            raise UserError(f"{folder}: the arrays need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        for modality, (image_file, label_file) in files.items():
+            with open(stack.enter_context(whole_file(label_file)), "wb") as stream:
+                np.save(stream, np.asarray(labels[modality], dtype=np.int64))
+            temporary = stack.enter_context(whole_file(image_file))
+            try:
+                write_array(paths[modality], temporary, height, width, workers, progress, pixel_range)
+            except UnreadableImages as error:
+                failures += error.failures
+        if failures:
+            raise UnreadableImages(failures)
+
+
+def _load(file: Path, remake: str) -> np.ndarray:
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{file}: missing; {remake}") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file}: not a NumPy array that can be read; {remake}") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{file}: not one NumPy array; {remake}")
+    return array
+
+
+def _read_manifest(file: Path, remake: str) -> dict | None:
+    """What a manifest says; None where there is none."""
+    facts = {"height": int, "width": int, "images": dict, "pids": list, "fingerprint": str}
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        low, high = manifest.get("pixel_range") or FULL_RANGE
+        if low < high and all(isinstance(manifest[key], kind) for key, kind in facts.items()):
+            return manifest
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file}: not a manifest of training arrays; {remake}")
+
+
+def open_training_arrays(
+    folder: str | os.PathLike,
+    height: int,
+    width: int,
+    paths: dict[str, Sequence[str]] | None = None,
+    prefix: str = "train",
+    data_path: str | os.PathLike | None = None,
+    pixel_range: PixelRange | None = None,
+) -> TrainingArrays:
+    """Open the arrays of write_training_arrays, memory-mapped, or other code's under the same names.
+
+    paths, {modality: paths}, are the images as they are now. Arrays without a manifest are taken with a
+    warning. data_path: the dataset's folder, for messages, where that is another one. pixel_range: the one
+    that they must have been decoded by; None: whichever the manifest says.
+    UserError, naming the file: missing, unreadable, another dtype, shape or size, labels of another number,
+    with holes or in one modality only, or arrays that were not made from the images as they are now, or not
+    by pixel_range.
+    """
+    output = "" if data_path is None or Path(data_path) == Path(folder) else f" --output {folder}"
+    remake = (
+        f"run python pre_process_sysu.py --data-path {data_path or folder}{output} "
+        f"--img-h {height} --img-w {width}"
+    )
+    if pixel_range is not None:
+        remake += f" --pixel-range {pixel_range[0]:g} {pixel_range[1]:g}"
+    files = array_files(folder, prefix)
+    manifest_file = _manifest_file(folder, prefix)
+    manifest = _read_manifest(manifest_file, remake)
+    images, labels = {}, {}
+    for modality, (image_file, label_file) in files.items():
+        images[modality] = _load(image_file, remake)
+        labels[modality] = np.array(_load(label_file, remake))
+        _check_images(images[modality], image_file, height, width, remake)
+        _check_labels(labels[modality], label_file, len(images[modality]), remake)
+        if manifest is not None and manifest["images"].get(modality) != len(images[modality]):
+            raise UserError(f"{image_file}: does not belong to {manifest_file}; {remake}")
+        if paths is not None:
+            _check_sources(image_file, len(images[modality]), paths[modality], manifest is None, remake)
+
+    classes = 1 + max(int(part.max()) for part in labels.values())
+    for modality, (_, label_file) in files.items():
+        if not np.array_equal(np.unique(labels[modality]), np.arange(classes)):
+            raise UserError(f"{label_file}: labels with holes: not every one of 0..{classes - 1}; {remake}")
+    if manifest is None:
+        log.warning("%s: no %s: taking the arrays as they are", folder, manifest_file.name)
+    elif len(manifest["pids"]) != classes:
+        raise UserError(f"{files['visible'][1]}: does not belong to {manifest_file}; {remake}")
+    elif paths is not None and manifest["fingerprint"] != fingerprint(paths):
+        raise UserError(
+            f"{files['visible'][0]}: the images have changed since it was made, or were copied without "
+            f"their times (cp -a keeps them); {remake}"
+        )
+    elif pixel_range is not None and manifest.get("pixel_range") != list(pixel_range):
+        raise UserError(f"{files['visible'][0]}: made by another pixel range; {remake}")
+    made_by = pixel_range if manifest is None else manifest.get("pixel_range")
+    return TrainingArrays(
+        images=images,
+        labels={modality: part.astype(np.int64) for modality, part in labels.items()},
+        pids=manifest and manifest["pids"],
+        fingerprint=manifest and manifest["fingerprint"],
+        pixel_range=None if made_by is None else tuple(made_by),
+    )
+
+
+def _check_images(images: np.ndarray, file: Path, height: int, width: int, remake: str) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise UserError(f"{file}: {images.dtype} {images.shape} is not uint8 (N, height, width, 3); {remake}")
+    if images.shape[1:3] != (height, width):
+        made = f"{images.shape[1]}x{images.shape[2]}"
+        raise UserError(f"{file}: its images are {made}, not --img-h {height} --img-w {width}; {remake}")
+
+
+def _check_labels(labels: np.ndarray, file: Path, number: int, remake: str) -> None:
+    if labels.dtype.kind not in "iu" or labels.shape != (number,):
+        raise UserError(f"{file}: {labels.dtype} {labels.shape} is not ({number},) integers; {remake}")
+
+
+def _check_sources(file: Path, number: int, paths: Sequence[str], by_time: bool, remake: str) -> None:
+    """Compare an array with the images as they are now; by_time where no manifest tells more."""
+    if number != len(paths):
+        raise UserError(f"{file}: holds {number} images, the dataset has {len(paths)}; {remake}")
+    if by_time and file.stat().st_mtime < max(os.stat(path).st_mtime for path in paths):
+        raise UserError(f"{file}: older than the images; {remake}")
+
+
+def training_arrays(
+    folder: str | os.PathLike,
+    paths: dict[str, Sequence[str]],
+    labels: dict[str, np.ndarray],
+    pids: Sequence[int],
+    height: int,
+    width: int,
+    workers: int,
+    prefix: str = "train",
+    progress: Callable[[int], object] | None = None,
+    pixel_range: PixelRange | None = None,
+) -> TrainingArrays:
+    """Open the arrays of these images in folder, after making them where they are missing or out of date.
+
+    Arguments and errors as write_training_arrays.
+    """
+    if _manifest_file(folder, prefix).exists():
+        with contextlib.suppress(UserError):
+            arrays = open_training_arrays(folder, height, width, paths, prefix, pixel_range=pixel_range)
+            if all(np.array_equal(arrays.labels[modality], labels[modality]) for modality in labels):
+                return arrays
+    total = sum(map(len, paths.values()))
+    log.info("decoding %d training images once, into %s", total, folder)
+    write_training_arrays(folder, paths, labels, pids, height, width, workers, prefix, progress, pixel_range)
+    return open_training_arrays(folder, height, width, paths, prefix)
