@@ -180,11 +180,6 @@ class Evaluation:
                     allow_short=allow_short, **choice,
                 )  # fmt: skip
                 self.samples[protocol, trial] = queries[key], gallery
-                if protocol.ignore_same_camera:
-                    for samples in self.samples[protocol, trial]:
-                        if not samples.camids.all():
-                            path = samples.paths[int(np.argmin(samples.camids))]
-                            raise UserError(f"--ignore-same-camera: no camid of {path}")
                 self.counts[protocol, trial] = count(protocol, queries[key], gallery, root)
         self.short = self._short_cells() if allow_short else ""
         self.rows: dict[str, dict[str, int]] = {"visible": {}, "infrared": {}}  # path -> row of the features
@@ -302,7 +297,11 @@ class Evaluation:
 
 
 def count(protocol: Protocol, query: Samples, gallery: Samples, root: str | os.PathLike) -> Counts:
-    """Count what a protocol's numbers are based on; UserError where no query has a match."""
+    """Count what a protocol's numbers are based on; UserError where no query has a match, or no camid."""
+    for samples in (query, gallery) if protocol.ignore_same_camera else ():
+        if not samples.camids.all():
+            path = samples.paths[int(np.argmin(samples.camids))]
+            raise UserError(f"--ignore-same-camera: no camid of {path}")
     found = matched(protocol.rule, query.pids, gallery.pids, query.camids, gallery.camids)
     if not found.any():
         rule = "no id is in both queries and gallery"

@@ -273,8 +273,6 @@ def main(command: Sequence[str]) -> None:
         refuse_unwritable(Path(path).parent)
     if args.save_mat:
         refuse_unwritable(args.save_mat)
-    for warning in evaluation.warnings():
-        log.warning("warning: %s", warning)
 
     device = select_device(args.gpu)
     try:

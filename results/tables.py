@@ -55,7 +55,7 @@ def table_rows(results: Results, trials: Sequence[int]) -> list[tuple[str, Metri
 
 
 def heading(checkpoints: Sequence[Mapping], evaluation: Evaluation) -> list[str]:
-    """What a table's numbers are: dataset and trials; checkpoints and their selection; images and queries.
+    """What a table's numbers are: dataset, trials; checkpoints, their selection; images, queries; warnings.
 
     checkpoints: of each its path, the trials that it is evaluated on, and what it says of itself: epoch,
     selection, args.
@@ -87,7 +87,7 @@ def heading(checkpoints: Sequence[Mapping], evaluation: Evaluation) -> list[str]
     for protocol in evaluation.protocols:
         counts = _distinct((str(evaluation.counts[protocol, trial]) for trial in trials), "; or ")
         lines.append(f"{protocol.row}: {counts}")
-    return lines
+    return lines + [f"warning: {warning}" for warning in evaluation.warnings()]
 
 
 def _distinct(words: Iterable[str], separator: str = ", ") -> str:
