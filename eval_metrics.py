@@ -292,8 +292,8 @@ class _Gallery:
         """Return (q, pids): the distance of the nearest image of each, from distances (q, G)."""
         nearest = block.index_select(1, self.turns[0])
         for turn in self.turns[1:]:
-            part = nearest[:, : len(turn)]
-            torch.minimum(part, block.index_select(1, turn), out=part)
+            leading = nearest[:, : len(turn)]  # the pids that have an image in this turn
+            torch.minimum(leading, block.index_select(1, turn), out=leading)
         return nearest
 
 

@@ -147,7 +147,7 @@ def _most_similar(features: torch.Tensor, others: torch.Tensor, k: int) -> tuple
     k = min(k, len(others))
     with torch.autocast(features.device.type, enabled=False):
         found = [(rows @ others.T).topk(k, dim=1) for rows in features.split(BLOCK)]
-    values, indices = (torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True))
+    values, indices = (torch.cat(blocks).cpu().numpy() for blocks in zip(*found, strict=True))
     return values, indices
 
 
@@ -225,7 +225,7 @@ def _nearest_in_half_precision(distances: torch.Tensor, sizes: list[int]) -> np.
             # NumPy sorts unsigned integers exactly as it sorts the halves whose bits they are, but faster.
             bits = np.array_split(rounded[tied].cpu().numpy().view(np.uint16), max(threads, SYMMETRIC // 16))
             nearest = nearest[:, : max(sizes)].cpu().numpy()
-            ordered = pool.map(lambda part: np.argsort(part, axis=1)[:, : max(sizes)], bits)
+            ordered = pool.map(lambda rows: np.argsort(rows, axis=1)[:, : max(sizes)], bits)
             nearest[tied.cpu().numpy()] = np.concatenate(list(ordered))
             found.append(nearest)
     return np.concatenate(found)

@@ -209,11 +209,11 @@ def refuse_trained_on(model: Model, root: Path) -> None:
     if model.settings.get("dataset") != "regdb" or not model.settings.get("trial"):
         return
     own, modes = int(model.settings["trial"]), DATASETS["regdb"].modes
-    parts = data_manager.train_samples("regdb", root, own).values()
-    trained = {path for part in parts for path in part.paths}
+    both = data_manager.train_samples("regdb", root, own).values()
+    trained = {path for samples in both for path in samples.paths}
     for trial in model.trials:
         queries = [data_manager.query_samples("regdb", root, mode, trial) for mode in modes]
-        if any(trained.intersection(part.paths) for part in queries):
+        if any(trained.intersection(samples.paths) for samples in queries):
             raise UserError(
                 f"{model.path} was trained on trial {own}, whose training images are among trial {trial}'s "
                 "test images"

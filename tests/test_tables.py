@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from eval_metrics import Metrics
 from results.tables import results_table
@@ -41,8 +40,3 @@ def test_latex():
     assert all(line.endswith(r" \\") and line.count("&") == 6 for line in rows)
     assert rows[2].startswith(r"all\_indoor, 100 \% ")
     assert len(set(map(len, rows))) == 1, "not aligned"
-
-
-@pytest.mark.parametrize("style", ["text", "markdown", "latex"])
-def test_no_row(style):
-    assert "rank-1" in results_table(HEADING, [], style)
