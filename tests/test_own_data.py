@@ -313,6 +313,8 @@ def test_sixteen_bit_infrared_images_train_and_test_by_one_range(tmp_path, train
     assert float(re.search(r"mAP ([0-9.]+)", output)[1]) == pytest.approx(  # as training measured it
         float(re.search(r"visible to infrared.* ([0-9.]+) +[0-9.]+$", tested.stdout, re.M)[1]), abs=0.011
     )
+    seen = run_script("tools.report", *words, "--output", "figures", "--figures", "ranking", cwd=".")
+    assert seen.returncode == 0, seen.stderr
 
 
 def test_the_page_takes_a_folder_of_images_to_a_table(tmp_path):
