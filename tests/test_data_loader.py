@@ -163,7 +163,7 @@ def test_read_ahead_raises_what_its_items_raise_and_closes_them():
     stopped = read_ahead((ahead.append(k) or k for k in range(100)), CPU)
     assert [next(stopped), next(stopped)] == [0, 1]
     stopped.close()
-    assert len(ahead) <= 2 + data_loader.READ_AHEAD
+    assert len(ahead) < 10  # of a hundred: memory holds a few batches
     assert threading.active_count() == before
 
 
