@@ -3,8 +3,10 @@
 A similarity is the product of two unit features: their cosine, 1 for the same.
 """
 
+import functools
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 import numpy as np
@@ -20,25 +22,46 @@ RECALL = 0.95  # the index looks through more and more of its lists until it has
 SMALLEST = 1000  # rows worth an index
 
 
-@torch.inference_mode()
 def nearest(queries: torch.Tensor, gallery: Embeddings, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(similarities (Q, k) float32, positions (Q, k) int64) of the k = min(top, N) nearest rows, in order.
 
     queries: unit features (Q, D) float32, on the device that computes. Exact: every row is compared in
-    float32. It holds a shard, a block in float32 and Q x (BLOCK + top) numbers, however large the gallery.
+    float32. Each thread holds a shard, a block in float32 and Q x BLOCK products, however large the gallery.
+    On a CPU a thread of torch's takes a shard at a time, alone: sharing each small product out among them
+    would cost more than it takes, above all where cores are busy. Meanwhile torch.get_num_threads() is 1.
     """
+    best = queries.new_empty(len(queries), 0)
+    positions = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(threads if queries.device.type == "cpu" else 1)
+    torch.set_num_threads(1)
+    try:
+        search = functools.partial(_nearest_in_shard, queries, gallery, top)
+        for similarities, rows in pool.map(search, range(len(gallery.shards))):
+            best, positions = _merge(best, positions, similarities, rows, top)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+    return best, positions
+
+
+@torch.inference_mode()
+def _nearest_in_shard(queries: torch.Tensor, gallery: Embeddings, top: int, shard: int) -> tuple:
     best = queries.new_empty(len(queries), 0)
     positions = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     wide = queries.new_empty(BLOCK, queries.shape[1])  # kept: fresh pages for every block would cost
     products = queries.new_empty(len(queries), BLOCK)
-    for first, block in gallery.blocks(BLOCK):
+    for first, block in gallery.shard_blocks(shard, BLOCK):
         wide[: len(block)] = block
         torch.mm(queries, wide.T, out=products)
         similarities, rows = products[:, : len(block)].topk(min(top, len(block)))
-        best, positions = torch.cat([best, similarities], 1), torch.cat([positions, rows + first], 1)
-        best, order = best.topk(min(top, best.shape[1]))
-        positions = positions.gather(1, order)
+        best, positions = _merge(best, positions, similarities, rows + first, top)
     return best, positions
+
+
+def _merge(best: torch.Tensor, positions: torch.Tensor, others: torch.Tensor, rows: torch.Tensor, top: int):
+    best, order = torch.cat([best, others], 1).topk(min(top, best.shape[1] + others.shape[1]))
+    return best, torch.cat([positions, rows], 1).gather(1, order)
 
 
 def faiss_module() -> ModuleType:

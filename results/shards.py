@@ -163,11 +163,15 @@ class Embeddings:
 
         A shard's pages are given back when the next shard is opened.
         """
-        for shard, rows, first in zip(self.shards, self._rows, self.starts, strict=False):
-            array = shard.features(self.manifest.dim)
-            for start in range(0, len(array) if rows is None else len(rows), size):
-                part = slice(start, start + size)
-                yield int(first) + start, torch.from_numpy(array[part if rows is None else rows[part]])
+        for k in range(len(self.shards)):
+            yield from self.shard_blocks(k, size)
+
+    def shard_blocks(self, k: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """As blocks, through the k-th shard."""
+        array, rows, first = self.shards[k].features(self.manifest.dim), self._rows[k], int(self.starts[k])
+        for start in range(0, len(array) if rows is None else len(rows), size):
+            part = slice(start, start + size)
+            yield first + start, torch.from_numpy(array[part if rows is None else rows[part]])
 
     def take(self, positions: np.ndarray) -> torch.Tensor:
         """The rows (n, D) float16 at positions (n,)."""
