@@ -106,10 +106,9 @@ class Counts:
 
     def __str__(self) -> str:
         unmatched = self.queries - self.counted
-        return (
-            f"{self.queries:,} queries, {unmatched:,} of them without a match and left out, "
-            f"{self.gallery:,} gallery images, {self.identities:,} identities"
-        )
+        matches = f"{unmatched:,} of them without a match and left out" if unmatched else "all with a match"
+        images = f"{self.gallery:,} gallery images, {self.identities:,} identities"
+        return f"{self.queries:,} queries, {matches}, {images}"
 
 
 COUNTED = {

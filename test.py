@@ -77,14 +77,14 @@ def get_args_parser() -> Parser:
     what.add_argument("--dataset", choices=DATASETS, help="(the checkpoint's, or sysu)")
     what.add_argument(
         "--mode", type=mode_name, nargs="+", metavar="MODE",
-        help="sysu: all, indoor (all); regdb and llcm: visible-to-infrared, infrared-to-visible (both)",
+        help="sysu: all, indoor (all); others: visible-to-infrared, infrared-to-visible (both), or -thermal",
     )  # fmt: skip
     what.add_argument("--shot", type=int, nargs="+", choices=(1, 10), default=[1], help="gallery of sysu (1)")
     what.add_argument(
         "--galleries", choices=("seeded", "published"), default="seeded",
         help="sysu: drawn by random.Random(trial), or the dataset authors' exp/rand_perm_cam.mat (seeded)",
     )  # fmt: skip
-    what.add_argument("--trial", metavar="N", help="one trial, or all (all; a model of one RegDB trial: it)")
+    what.add_argument("--trial", metavar="N", help="one trial, or all (all; a RegDB model's own)")
     what.add_argument(
         "--allow-short", action="store_true", help="take galleries with fewer images than --shot"
     )
