@@ -30,6 +30,11 @@ FIGURES = {  # in the page's order: what each shows, as a screen reader says it
     "curves": "learning curves of the runs",
 }
 
+MISSING = {  # why there may be nothing to draw
+    "histogram": "no pairs of images of one identity and of two to compare",
+    "curves": "no log of these runs is where they were trained or beside them; --log-path names its folder",
+}
+
 
 class Findings:
     """What the figures and the page are made of, each part computed once, when it is first asked for.
@@ -81,9 +86,10 @@ class Findings:
         rows = self.first.ranking(self.protocol, self.chosen, self.ranked, self.distmat)
         return figures.images(rows, ["query", *map(str, range(1, max(map(len, rows))))])
 
-    def histogram(self) -> Figure:
-        """Similarities of every checkpoint."""
-        return figures.histogram(self.similarities)
+    def histogram(self) -> Figure | None:
+        """Similarities of every checkpoint that has some; None if none has."""
+        pairs = {label: own for label, own in self.similarities.items() if own}
+        return figures.histogram(pairs) if pairs else None
 
     def embedding(self) -> Figure:
         """Features of twenty identities."""
@@ -131,6 +137,7 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
         # The page lists rankings itself: their figure is for elsewhere.
         "figures": {name: Markup(figures.svg(drawn[name])) for name in drawn if name != "ranking"},
         "alternatives": FIGURES,
+        "missing": MISSING,
         "columns": COLUMNS,
         "results": result_rows(findings),
         "similarities": [

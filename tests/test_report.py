@@ -167,12 +167,12 @@ def test_figures_alone(report_here, runs, sysu, tmp_path):
 def test_a_checkpoint_without_a_log_has_no_curves(report_here, runs, sysu, tmp_path, monkeypatch):
     shutil.copy(runs[0], tmp_path / "lonely_best.t")
     words = ("--resume", tmp_path / "lonely_best.t", "--data-path", sysu, "--output", tmp_path / "out")
-    with pytest.raises(UserError, match="--figures curves: no log of these runs was found"):
+    with pytest.raises(UserError, match="--figures curves: no log of these runs"):
         report_here(*words, "--figures", "curves")
     monkeypatch.setattr(results_report, "FIGURES", {name: FIGURES[name] for name in ("cmc", "curves")})
     report_here(*words)
     text = (tmp_path / "out" / "index.html").read_text()
-    assert "No log of these checkpoints" in text
+    assert "Nothing to show: no log of these runs" in text
     assert ('href="cmc.png"' in text, 'href="curves.png"' in text) == (True, False)
     assert not (tmp_path / "out" / "curves.png").exists()
 
@@ -446,6 +446,13 @@ def large(tmp_path_factory):
     results_report.write_page(Findings([evaluated], ["random"]), folder, [], 1)
     patch.undo()
     return folder / "index.html"
+
+
+def test_one_identity_has_no_histogram(monkeypatch):
+    monkeypatch.setattr(Findings, "__init__", lambda self: None)
+    findings = Findings()
+    findings.similarities = {"alone": {}}
+    assert findings.histogram() is None
 
 
 def test_the_page_of_sysu_is_small(large):

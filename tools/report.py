@@ -24,7 +24,7 @@ from model import build_model
 from reranking import RERANKING
 from results.evaluated import Evaluated, labels
 from results.learning import log_file, read_log
-from results.report import FIGURES, Findings, write_figures, write_page
+from results.report import FIGURES, MISSING, Findings, write_figures, write_page
 from runs import environment
 from utils import Parser, UserError, data_flags, device_flags, log, log_to_terminal, run_script
 
@@ -183,10 +183,9 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
     if args.figures:
         drawn = write_figures(findings, dict.fromkeys(args.figures), folder)
-        if missing := [name for name in args.figures if name not in drawn]:
-            raise UserError(
-                f"--figures {missing[0]}: no log of these runs was found; --log-path names its folder"
-            )
+        for name in args.figures:
+            if name not in drawn:
+                raise UserError(f"--figures {name}: {MISSING[name]}")
         log.info("wrote %s as PNG and PDF in %s", ", ".join(drawn), folder)
     else:
         write_page(findings, folder, [tuple(line.split(": ", 1)) for line in environment()], args.workers)
