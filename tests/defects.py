@@ -222,6 +222,44 @@ the update counts on the host
 augmentation makes its rows on the host
 - y = torch.arange(height, device=device)
 + y = torch.arange(height)
+
+== train.py, test_variants.py
+
+a baseline's two inputs change places
+- total, terms = training.loss(features, labels, outputs, pooled)
++ total, terms = training.loss(features, labels, pooled, outputs)
+
+the classifier's gradients are summed over processes
+- weight.grad = processes.all_reduce(weight.grad) / processes.world_size
++ weight.grad = processes.all_reduce(weight.grad)
+
+== training.py, test_variants.py
+
+the classifier is not trained
+- [*model.parameters(), *loss.parameters()], args.lr, weight_decay=5e-4, fused=True
++ model.parameters(), args.lr, weight_decay=5e-4, fused=True
+
+a resume forgets the classifier
+- training.loss.load_state_dict(checkpoint["loss"])
++ pass
+
+== data_loader.py, test_variants.py
+
+without aux images the others' draws differ
+- for modality in MODALITIES:
++ for modality in self.modalities:
+
+== memory.py, test_trajectory.py
+
+m weights the new value
+- moved = F.normalize(towards.lerp_(proxies, self.momentum))
++ moved = F.normalize(towards.lerp_(proxies, 1 - self.momentum))
+
+== training.py, test_trajectory.py
+
+a weaker weight decay
+- [*model.parameters(), *loss.parameters()], args.lr, weight_decay=5e-4, fused=True
++ [*model.parameters(), *loss.parameters()], args.lr, weight_decay=4e-4, fused=True
 """
 
 

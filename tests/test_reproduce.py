@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import synthetic
+from results.paper import tables
 from tools import reproduce
 from utils import UserError
 
@@ -117,5 +118,5 @@ def test_several_seeds_give_mean_and_deviation(tmp_path):
         report = {"checkpoints": [{"args": {}, "selection": "the last epoch"}], "results": [
             row | {"mean": metrics, "trials": {"0": metrics}}]}  # fmt: skip
         (tmp_path / f"llcm_shared_seed{seed}_test.json").write_text(json.dumps(report))
-    parts = reproduce.tables([f"llcm_shared_seed{seed}_test" for seed in range(3)], tmp_path, "shared")
+    parts = tables([tmp_path / f"llcm_shared_seed{seed}_test.json" for seed in range(3)], "shared")
     assert "| visible to infrared | 25.00 ± 0.00 | 60.00 ± 14.14 | - | - | - | - |" in parts[1]

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shlex
-import statistics
 import sys
 import tempfile
 import time
@@ -23,20 +22,13 @@ from pathlib import Path
 
 from data_loader import IdentityBatches
 from data_manager import DATASETS, class_labels, train_samples
-from evaluation import Protocol
 from model import STEMS
+from results.paper import markdown, tables
 from runs.settings import parse_args
 from tools.commands import run, words_of
 from utils import Parser, UserError, at_least, device_flags, log_to_terminal, run_script, whole_file
 
 PUBLIC = ("sysu", "regdb", "llcm")
-PAPER = {  # (dataset, mode, shot): rank-1, mAP in per cent; docs/method.md, section 8
-    ("sysu", "all", 1): (74.77, 72.01),
-    ("sysu", "indoor", 1): (83.48, 86.06),
-    ("regdb", "visible-to-infrared", 1): (93.15, 88.32),
-    ("regdb", "infrared-to-visible", 1): (93.42, 87.95),
-}
-HEADS = ("protocol", "rank-1", "mAP", "paper's rank-1", "paper's mAP", "Δ rank-1", "Δ mAP")
 
 
 def get_args_parser() -> Parser:
@@ -160,48 +152,6 @@ def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: arg
     )
 
 
-def spread(values: list[float]) -> str:
-    """Mean, and of several seeds ± standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
-
-
-def markdown(rows: list[tuple[object, ...]]) -> str:
-    """A table, heads first."""
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
-
-
-def tables(commands: list[str], out: Path, stem: str) -> list[str]:
-    """What the reports of test.py say of a dataset's models of one stem; commands: the tests' names."""
-    rows, trials, settings = {}, [], {}
-    for name in commands:
-        if not (out / f"{name}.json").exists():
-            continue
-        report = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-        settings, seed = report["checkpoints"][0], re.search(r"seed(\d+)", name)[1]
-        for row in report["results"]:
-            key = tuple(row[k] for k in ("dataset", "mode", "shot", "galleries"))
-            rows.setdefault(key, []).append((100 * row["mean"]["cmc"][0], 100 * row["mean"]["mAP"]))
-            own = {t: f"{100 * of['cmc'][0]:.2f} / {100 * of['mAP']:.2f}" for t, of in row["trials"].items()}
-            trials.append((Protocol(*key).row, seed, own))
-    if not rows:
-        return [f"Stem `{stem}`: not measured."]
-    lines = [HEADS]
-    for key, found in rows.items():
-        ours, paper = list(zip(*found, strict=True)), PAPER.get(key[:3])
-        gaps = [f"{statistics.mean(o) - p:+.2f}" for o, p in zip(ours, paper, strict=True)] if paper else "--"
-        lines.append((Protocol(*key).row, *map(spread, ours), *(paper or "--"), *gaps))
-    heads = ("protocol", "seed", *trials[0][2])
-    return [
-        f"Stem `{stem}`, per cent. Tested: {settings['selection']}.",
-        markdown(lines),
-        "Rank-1 / mAP of each trial:",
-        markdown([heads, *((row, seed, *own.values()) for row, seed, own in trials)]),
-        "Settings: " + ", ".join(f"{k} {v}" for k, v in settings["args"].items() if k != "command") + ".",
-    ]
-
-
 def write_results(out: Path, commands: Iterable[str], done: dict[str, dict], stems: list[str]) -> None:
     """RESULTS.md: the tables, and what they were made with."""
     parts = ["# Results", f"Made by `{shlex.join(['python', '-m', 'tools.reproduce', *sys.argv[1:]])}`."]
@@ -212,7 +162,7 @@ def write_results(out: Path, commands: Iterable[str], done: dict[str, dict], ste
         parts += [f"## {DATASETS[dataset].title}", f"tools.check: {state}."]
         for stem in stems:
             tests = [n for n in commands if n.startswith(f"{dataset}_{stem}_") and n.endswith("_test")]
-            parts += tables(tests, out, stem)
+            parts += tables([out / f"{name}.json" for name in tests], stem)
     lines = {f"{platform.platform()}, {os.cpu_count()} cores"}
     for path in out.glob("log/*/*.log"):  # each line begins with its time
         own = (line[20:] for line in path.read_text(encoding="utf-8").splitlines())
