@@ -40,7 +40,7 @@ def test_it_trains_what_is_missing_and_writes_the_table(tmp_path, monkeypatch, c
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["runs"].keys() == variants.keys()
     found = results["runs"][ablation.FULL]["0"]
-    report = json.loads((tmp_path / "out" / "00_seed0.json").read_text())
+    report = json.loads((tmp_path / "out" / "full-method_seed0.json").read_text())
     indoor = next(row for row in report["results"] if row["mode"] == "indoor")
     assert found["indoor mAP"] == pytest.approx(100 * indoor["mean"]["mAP"])
     page = (tmp_path / "page.md").read_text()

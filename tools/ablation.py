@@ -8,6 +8,7 @@ initial weights and batches, those of seed k. Stop it when you like: the same co
 
 import argparse
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -75,7 +76,7 @@ def draw_data(root: Path, seed: int, quick: bool, workers: int) -> None:
 def train_and_test(out: Path, variant: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
     """Per cent of each mode and metric, and the seconds that it took; leaves the log and no checkpoint."""
     start = time.perf_counter()
-    name = f"{list(VARIANTS).index(variant):02}_seed{seed}"
+    name = re.sub(r"\W+", "-", variant).strip("-") + f"_seed{seed}"
     data, last, report = out / f"sysu_seed{seed}", out / "save_model" / f"{name}_last.t", out / f"{name}.json"
     machine = (
         "--gpu", args.gpu, "--amp", args.amp, "--workers", args.workers, "--test-batch", args.test_batch,
@@ -141,7 +142,7 @@ def write_table(path: Path, text: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Do the runs that are missing, the most telling variants first, and print the table."""
+    """Do the runs that are missing, the most telling variants first, and write and print the table."""
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
@@ -164,10 +165,9 @@ def main(args: argparse.Namespace) -> None:
             f"{variant}, seed {seed}: all mAP {found['all mAP']:.1f}, {found['seconds']:.0f} s; "
             f"about {left:.0f} min left", flush=True,
         )  # fmt: skip
-    text = table(runs)
-    print(text)
-    if args.table:
-        write_table(Path(args.table), text)
+        if args.table:  # after every run: whenever it is stopped, the table is there
+            write_table(Path(args.table), table(runs))
+    print(table(runs))
 
 
 if __name__ == "__main__":
