@@ -3,8 +3,11 @@
 import argparse
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import REPOSITORY
 
 from utils import (
     Parser,
@@ -71,6 +74,13 @@ def test_ctrl_c_is_status_130_without_a_traceback(capsys):
         run_script(main, argparse.Namespace)
     assert stop.value.code == 130
     assert capsys.readouterr().err == ""
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    code = "from utils import run_script\nrun_script(lambda _: [print(k) for k in range(10**6)], list)"
+    command = f"{sys.executable} -c '{code}' | head -1"
+    done = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_other_errors_keep_their_traceback():
