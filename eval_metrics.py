@@ -78,7 +78,7 @@ def eval_llcm(
     return _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, "llcm", max_rank)
 
 
-def evaluate(
+def eval_features(
     query_features: Array,
     gallery_features: Array,
     q_pids: Array,
@@ -121,7 +121,7 @@ def evaluate_trials(
     results = []
     for trial in trials:
         if rerank is None:
-            results.append(evaluate(*trial, protocol, max_rank))
+            results.append(eval_features(*trial, protocol, max_rank))
         else:
             distmat = rerank(trial.query_features, trial.gallery_features)
             results.append(_evaluate_distmat(distmat, *trial[2:], protocol, max_rank))
@@ -143,7 +143,7 @@ def matched(
 ) -> torch.Tensor:
     """Return (Q,) bool: which queries have a match, a gallery image of their pid that is not ignored.
 
-    These are the queries that count. Arguments as in evaluate; the result lies where q_pids do.
+    These are the queries that count. Arguments as in eval_features; the result lies where q_pids do.
     """
     shape, device = (len(q_pids), len(g_pids)), as_tensor(q_pids).device
     ids = _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids)

@@ -223,7 +223,7 @@ def refuse_trained_on(model: Model, root: Path) -> None:
 # --- evaluation
 
 
-def evaluate(
+def score_rows(
     args: argparse.Namespace, models: list[Model], evaluation: Evaluation, device: torch.device
 ) -> tuple[Results, Features]:
     """The metrics of every row of the table, the plain ones first, and the features of the last model."""
@@ -276,7 +276,7 @@ def main(command: Sequence[str]) -> None:
 
     device = select_device(args.gpu)
     try:
-        results, features = evaluate(args, models, evaluation, device)
+        results, features = score_rows(args, models, evaluation, device)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
     checkpoints = [model.facts() for model in models]

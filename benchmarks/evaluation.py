@@ -99,7 +99,7 @@ def prepare_scale(device: str, num_gallery: int):
     features = unit_features(10**4, device, 0), unit_features(num_gallery, device, 1)
     unit_features(64, device, 2) @ unit_features(64, device, 3).T  # starts the threads and the libraries
     return functools.partial(
-        eval_metrics.evaluate, *features, q_pids, g_pids, q_camids, g_camids, protocol="llcm"
+        eval_metrics.eval_features, *features, q_pids, g_pids, q_camids, g_camids, protocol="llcm"
     )
 
 

@@ -10,10 +10,10 @@ import eval_metrics
 from eval_metrics import (
     Metrics,
     Trial,
+    eval_features,
     eval_llcm,
     eval_regdb,
     eval_sysu,
-    evaluate,
     evaluate_trials,
     k_reciprocal,
     matched,
@@ -167,7 +167,7 @@ def test_blocks_do_not_change_the_result(protocol, monkeypatch):
     for product, cached in ((1, 1), (900, 300), (10**4, 10**3), (10**6, 10**6)):
         monkeypatch.setattr(eval_metrics, "PRODUCT", product)
         monkeypatch.setattr(eval_metrics, "CACHED", cached)
-        assert_same(evaluate(*features, *ids, protocol), expected)
+        assert_same(eval_features(*features, *ids, protocol), expected)
 
 
 @pytest.mark.parametrize("protocol", CAMERAS)
@@ -175,10 +175,10 @@ def test_torch_and_numpy_features_agree(protocol):
     rng = np.random.default_rng(5)
     ids = draw(protocol)
     features = unit(rng, 60, 16), unit(rng, 150, 16)
-    from_numpy = evaluate(*features, *ids, protocol)
+    from_numpy = eval_features(*features, *ids, protocol)
     tensors = [torch.from_numpy(array).float().requires_grad_() for array in features]
     with torch.autocast("cpu", torch.bfloat16):  # metrics stay in float32
-        from_torch = evaluate(*tensors, *map(torch.from_numpy, ids), protocol)
+        from_torch = eval_features(*tensors, *map(torch.from_numpy, ids), protocol)
     assert_same(from_torch, from_numpy)
 
 
@@ -243,8 +243,8 @@ def test_bad_input_is_named():
         (lambda: eval_sysu(distmat, *pids, pids[0], pids[0]), r"g_camids must have shape \(3,\)"),
         (lambda: eval_regdb(distmat[0], *pids), "distmat must be"),
         (lambda: eval_regdb(distmat, *pids, max_rank=0), "max_rank"),
-        (lambda: evaluate(distmat.T, distmat.T, *pids[::-1], None, None, "market"), "protocol"),
-        (lambda: evaluate(np.full((2, 4), np.nan), np.zeros((3, 4)), *pids, None, None, "regdb"), "NaN"),
+        (lambda: eval_features(distmat.T, distmat.T, *pids[::-1], None, None, "market"), "protocol"),
+        (lambda: eval_features(np.full((2, 4), np.nan), np.zeros((3, 4)), *pids, None, None, "regdb"), "NaN"),
         (lambda: evaluate_trials([], "sysu", rerank="other"), "rerank"),
     ):
         with pytest.raises(ValueError, match=message):

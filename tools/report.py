@@ -105,7 +105,7 @@ def trial_files(path: Path, dataset: str, wanted: str, saved: dict[str, object])
     return files
 
 
-def evaluate(
+def evaluate_checkpoint(
     args: argparse.Namespace, path: Path, label: str, device: torch.device, expected: str | None
 ) -> Evaluated:
     """Evaluate a checkpoint, or RegDB's of each trial, as test.py does, and keep what the report shows.
@@ -177,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
         everyone: list[Evaluated] = []
         for path, name in zip(paths, names, strict=True):
             expected = everyone[0].dataset if everyone else None
-            everyone.append(evaluate(args, path, name, device, expected))
+            everyone.append(evaluate_checkpoint(args, path, name, device, expected))
         findings = Findings(everyone, args.queries)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
