@@ -109,7 +109,7 @@ def evaluate_trials(
     rerank: str | Callable[[Array, Array], Array] | None = None,
     max_rank: int = 20,
 ) -> list[Metrics]:
-    """Evaluate each trial in turn; see evaluate.
+    """Evaluate each trial in turn; see eval_features.
 
     rerank: what makes a distmat (Q, G) of query and gallery features, or its name in reranking.RERANKING;
     None: no re-ranking. ValueError for another name.

@@ -189,13 +189,13 @@ def evaluate_if_due(training: Training, run: Run, board: Board) -> None:
     if is_best:
         training.best = result
     training.evaluated, training.latest = epoch, metrics
-    if training.processes.rank == 0:
-        run.save(training.state(), is_best, SELECTION[args.select])
     values = {"rank-1": metrics.cmc[0], "rank-10": metrics.cmc[9], "mAP": metrics.mAP, "mINP": metrics.mINP}
-    words = "  ".join(f"{name} {100 * value:.2f}" for name, value in values.items())
-    log.info("  %s: %s%s", training.protocol.title, words, "  (best so far)" if is_best else "")
     board.add_similarities(features, training.evaluation, epoch)
     board.add_scalars(values, epoch)
+    if training.processes.rank == 0:
+        run.save(training.state(), is_best, SELECTION[args.select])
+    words = "  ".join(f"{name} {100 * value:.2f}" for name, value in values.items())
+    log.info("  %s: %s%s", training.protocol.title, words, "  (best so far)" if is_best else "")
 
 
 def fit(training: Training, run: Run) -> None:
@@ -229,24 +229,25 @@ def fit(training: Training, run: Run) -> None:
             raise NotFinite(f"{error}; {good}") from error
         seconds = time.perf_counter() - rebuilt
 
-        # What is saved is saved before it is logged: a run that is killed and continued logs no epoch twice.
-        training.epoch = epoch + 1
-        if processes.rank == 0:
-            run.save(training.state())
         terms = training.loss.weights
         means = dict(zip(("loss", *terms), losses.mean(0).tolist(), strict=True))
         speed = 3 * args.batch_size * args.num_pos * processes.world_size * len(losses) / seconds
         waiting = loader.wait_seconds / seconds
+        scalars = {f"loss/{name}": value for name, value in means.items()}
+        scalars |= {"rate": rate, "images per second": speed, "share of waiting for input": waiting}
+
+        # TensorBoard first: what a continued run repeats replaces what was there. Then the checkpoint, and
+        # only then the log's line, so that a run that is killed and continued logs no epoch twice.
+        training.epoch = epoch + 1
+        board.add_scalars(scalars, training.epoch)
+        if processes.rank == 0:
+            run.save(training.state())
         log.info(
             "epoch %d/%d: loss %.3f (%s), rate %.2e; memory %.1f s, steps %.1f s, %.0f images/s, "
             "waiting for input %.1f %%",
             epoch + 1, args.epochs, means["loss"], ", ".join(f"{name} {means[name]:.3f}" for name in terms),
             rate, rebuilt - began, seconds, speed, 100 * waiting,
         )  # fmt: skip
-        scalars = {f"loss/{name}": value for name, value in means.items()}
-        scalars |= {"rate": rate, "images per second": speed, "share of waiting for input": waiting}
-        board.add_scalars(scalars, epoch + 1)
-
         evaluate_if_due(training, run, board)
     board.close()
     if training.best:

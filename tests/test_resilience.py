@@ -98,7 +98,9 @@ def scalars_of(events):
     """{tag: [(step, value)]} as TensorBoard shows them, without what is a measure of time."""
     accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in accumulator.Tags()["scalars"] if " of " not in tag and "second" not in tag]
-    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
+    # An evaluation that was killed before its checkpoint is repeated: TensorBoard shows one point twice.
+    points = {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
+    return {tag: list(dict.fromkeys(those)) for tag, those in points.items()}
 
 
 def test_killed_runs_end_as_one_left_alone(sysu, tmp_path, pytestconfig):
@@ -323,6 +325,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(unfinished, train_here, size):
 
 def test_events_that_cannot_be_written_stop_the_run(unfinished, train_here, monkeypatch):
     last, flags = unfinished
+    before = last.read_bytes()
 
     def full(writer):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -332,7 +335,7 @@ def test_events_that_cannot_be_written_stop_the_run(unfinished, train_here, monk
     assert status == 2
     assert "No space left on device" in errors[-1]
     assert "vis_log" in errors[-1]
-    assert load_checkpoint(last)["epoch"] == 3  # which was saved before
+    assert last.read_bytes() == before
 
 
 # What is not finite
@@ -411,7 +414,7 @@ def test_a_malicious_pickle_runs_nothing(sysu, tmp_path, train_here, capsys, sav
         assert str(file) in errors[0]
     test = runpy.run_path(str(REPOSITORY / "test.py"))
     with pytest.raises(train.UserError, match="gift_last"):
-        test["main"](test["get_args_parser"]().parse_args(["--resume", str(file), "--data-path", str(sysu)]))
+        test["main"](["--resume", str(file), "--data-path", str(sysu)])
     assert not proof.exists()
     save([Code(proof)], file)
     torch.load(file, weights_only=False) if save is torch.save else pickle.loads(file.read_bytes())
