@@ -130,6 +130,7 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
     environment = Environment(
         loader=FileSystemLoader(templates), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # a tenth of the page is numbers
     drawn = write_figures(findings, FIGURES, folder)
     context = {
         "title": DATASETS[findings.protocol.dataset].title,
