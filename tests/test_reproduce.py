@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from argparse import Namespace
 
 import pytest
 
@@ -91,11 +92,34 @@ def test_a_dry_run_prints_the_commands_and_an_estimate_and_writes_nothing(folder
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_incomplete_dataset_stops_it_unless_allowed(folder):
-    args, extra = reproduce.get_args_parser().parse_known_args(["--data-path", str(folder / "data")])
+def test_an_incomplete_dataset_stops_it_unless_allowed(folder, tmp_path):
+    words = ["--data-path", str(folder / "data"), "--output", str(tmp_path)]
+    args, extra = reproduce.get_args_parser().parse_known_args(words)
     assert extra == []
     with pytest.raises(UserError, match="regdb is not complete"):
-        reproduce.do("regdb_check", reproduce.plan(args, [])["regdb_check"], args)
+        reproduce.do("regdb_check", reproduce.plan(args, [])["regdb_check"], args, {})
+
+
+def test_the_time_of_what_was_stopped_counts(tmp_path, monkeypatch):
+    args = Namespace(output=str(tmp_path), incomplete=False)
+    clock = iter([0, 10, 100, 103])
+    monkeypatch.setattr(reproduce.time, "perf_counter", lambda: next(clock))
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.do("sysu_train", ("train.py", "--seed", 1), args, {})
+    done = json.loads((tmp_path / "done.json").read_text())
+    assert done == {"sysu_train": {"seconds": 10}}
+    monkeypatch.setattr(reproduce, "run", lambda *_, **__: (0, ""))
+    reproduce.do("sysu_train", ("train.py", "--seed", 1), args, done)
+    assert done["sysu_train"] == {
+        "seconds": 13,
+        "command": ["python", "train.py", "--seed", "1"],
+        "status": 0,
+    }
 
 
 @pytest.mark.parametrize(("flags", "words"), [(["--epoch", "1"], "--epoch"), (["--lr", "0"], "--lr")])

@@ -101,13 +101,20 @@ def plan(args: argparse.Namespace, extra: list[str]) -> dict[str, tuple[object, 
     return commands
 
 
-def do(name: str, command: tuple[object, ...], args: argparse.Namespace) -> dict[str, object]:
-    """Run a command of the plan and return what is remembered of it."""
+def do(name: str, command: tuple[object, ...], args: argparse.Namespace, done: dict[str, dict]) -> None:
+    """Run a command of the plan and note it in done; of one that is stopped, the time that it took so far."""
     start = time.perf_counter()
-    status, _ = run(*command, accepted=(0, 1) if name.endswith("_check") else (0,))
-    if status and not args.incomplete:
-        raise UserError(f"{command[4]} is not complete, see above: --incomplete goes on all the same")
-    return {"command": words_of(*command), "seconds": time.perf_counter() - start, "status": status}
+    before = done.get(name, {})
+    done[name] = {"seconds": 0.0 if "command" in before else before.get("seconds", 0.0)}
+    try:
+        status, _ = run(*command, accepted=(0, 1) if name.endswith("_check") else (0,))
+        if status and not args.incomplete:
+            raise UserError(f"{command[4]} is not complete, see above: --incomplete goes on all the same")
+        done[name] |= {"command": words_of(*command), "status": status}
+    finally:
+        done[name]["seconds"] += time.perf_counter() - start
+        with whole_file(Path(args.output, "done.json")) as temporary:
+            temporary.write_text(json.dumps(done, indent=1), encoding="utf-8")
 
 
 def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: argparse.Namespace) -> None:
@@ -192,9 +199,7 @@ def main(command: tuple[argparse.Namespace, list[str]]) -> None:
         estimate(missing, extra, args)
         return
     for name, words in missing.items():
-        done[name] = do(name, words, args)
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(done, indent=1), encoding="utf-8")
+        do(name, words, args, done)
         write_results(out, commands, done, args.stem)
     print(f"all done: {out / 'RESULTS.md'}")
 
