@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from augmentation import PAD
@@ -235,6 +236,8 @@ def parse_args(
         for key in ("temperature", "momentum", "shared_momentum", "update", "proxies"):
             if vars(args)[key] != parser.get_default(key):
                 parser.error(f"argument --{key.replace('_', '-')}: --loss {args.loss} has no memory")
+    if args.loss == "weighted-triplet" and args.margin != parser.get_default("margin"):
+        parser.error("argument --margin: --loss weighted-triplet has none")
     if args.name is None:
         args.name = run_name(vars(args), vars(parser.parse_args([])))
     args.command = argv
@@ -255,7 +258,7 @@ def settings_to_resume(checkpoint: dict, path: str | os.PathLike) -> dict[str, o
         if action.dest in settings:
             kept.add(action.dest)
         if isinstance(value, list):
-            words += [action.option_strings[0], *map(str, value)]
+            words += [action.option_strings[0], *map(plain_number, value)]
         elif value is True and action.const is True:
             words.append(action.option_strings[0])
         elif value is not None and value is not False:
@@ -265,6 +268,11 @@ def settings_to_resume(checkpoint: dict, path: str | os.PathLike) -> dict[str, o
     except UserError as error:
         raise UserError(f"{path}: its settings are refused: {error}") from error
     return {key: checked[key] for key in kept}
+
+
+def plain_number(value: object) -> str:
+    """A value as a word of a command line; argparse takes -1e-05 for a flag, -0.00001 for a number."""
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
 
 
 def open_run(argv: Sequence[str]) -> tuple[argparse.Namespace, Run, dict | None]:

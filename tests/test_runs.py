@@ -11,7 +11,7 @@ import torch
 
 from checkpoints import load_checkpoint, save_checkpoint
 from runs import MAY_CHANGE, Run, environment, run_name, versions
-from runs.settings import STATE, dataset_defaults, get_args_parser, open_run, parse_args
+from runs.settings import STATE, dataset_defaults, get_args_parser, open_run, parse_args, settings_to_resume
 from utils import UserError, log, log_to_terminal
 
 NET = {"w": torch.zeros(3)}
@@ -240,6 +240,11 @@ def test_resuming_a_file_takes_its_settings_and_stays_in_its_folder(tmp_path):
     args, run, checkpoint = open_run(["--resume", str(last), "--epochs", "9"])
     assert (args.arch, args.num_pos, args.epochs, args.name) == ("resnet18", 2, 9, "mine")
     assert (run.last, checkpoint["epoch"]) == (last, 2)
+
+
+def test_any_pixel_range_of_a_run_is_read_again():
+    for values in ([-3.1e-05, 1.0], [-2.5e-300, 1e300], [51241.0, 52181.0], [-7.0, -1.5]):
+        assert settings_to_resume({"args": {"pixel_range": values}}, "run_last.t") == {"pixel_range": values}
 
 
 def test_what_contradicts_the_resumed_run_is_refused(tmp_path):

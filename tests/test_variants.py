@@ -136,6 +136,7 @@ def test_a_baseline_builds_no_memory(sysu, train_here, monkeypatch):
             ["--loss", "hard-triplet", "--temperature", "1"],
             "--temperature: --loss hard-triplet has no memory",
         ),
+        (["--loss", "weighted-triplet", "--margin", "1"], "--margin: --loss weighted-triplet has none"),
         (["--momentum", "1.5"], "from 0 to 1"),
         (["--margin", "0"], "positive"),
     ],
