@@ -72,7 +72,11 @@ class Processes:
     def __init__(self):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+
+    def refuse_several(self) -> None:
+        """UserError where torchrun started several processes for a command that is one."""
+        if self.world_size > 1:
+            raise UserError(f"this command is one process, not {self.world_size}: start it without torchrun")
 
     def start(self, device: torch.device) -> None:
         """Join the other processes, over NCCL on GPUs and gloo on the CPU; a second call does nothing."""

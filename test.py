@@ -253,6 +253,7 @@ def score_rows(
 def main(command: Sequence[str]) -> None:
     """Evaluate, print the table and write what was asked for."""
     log_to_terminal(stream=sys.stderr)
+    Processes().refuse_several()
     args, models = parse_args(command)
     root = data_manager.dataset_root(args.dataset, args.data_path)
     modes, shots = dict.fromkeys(args.mode), dict.fromkeys(args.shot)

@@ -412,6 +412,12 @@ def test_thermal_is_infrared(trials_of_regdb, regdb, evaluate):
     assert both == evaluate(*flags, "--mode", "visible-to-infrared", "infrared-to-visible").out
 
 
+def test_several_processes_are_refused(evaluate, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process, not 2: start it without torchrun"):
+        evaluate("--resume", "any.t")
+
+
 def test_each_checkpoint_is_read_once(trials_of_regdb, regdb, sysu_flags, evaluate, monkeypatch):
     read = []
     original = script.load_checkpoint

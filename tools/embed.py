@@ -163,7 +163,7 @@ def main(args: argparse.Namespace) -> int:
     found = find_images(args.images, "--images", args.modality)
     embedder, saved = open_embedder(args.resume, args.img_h, args.img_w)
     processes = Processes()
-    device = select_device(processes.local_rank if processes.world_size > 1 and args.gpu >= 0 else args.gpu)
+    device = select_device(None if processes.world_size > 1 and args.gpu != -1 else args.gpu)  # each its own
     dtype = autocast_dtype(args.amp or saved.get("amp", "auto"), device)
     manifest = Manifest(
         fingerprint=embedder.fingerprint,

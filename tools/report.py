@@ -167,6 +167,7 @@ def evaluate_checkpoint(
 def main(args: argparse.Namespace) -> None:
     """Evaluate, then write the page, or the figures that were asked for."""
     log_to_terminal(stream=sys.stderr)
+    Processes().refuse_several()
     folder, paths = Path(args.output), list(map(Path, args.resume))
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
