@@ -44,7 +44,6 @@ class Dataset:
     trials: range
     query_modality: dict[str, str]  # mode -> the modality of its queries; the gallery is of the other
     index_folder: str  # holds the files that list the splits
-    published: dict[tuple[str, int], tuple]  # (mode, shot) -> (queries, gallery images, test identities)
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -60,21 +59,15 @@ DATASETS = {
     "sysu": Dataset(
         "SYSU-MM01", 384, 128, 4, "sysu", (20, 40), range(10),
         {"all": "infrared", "indoor": "infrared"}, "exp",
-        {
-            ("all", 1): (3803, 301, 96), ("all", 10): (3803, 3010, 96),
-            ("indoor", 1): (3803, 112, 96), ("indoor", 10): (3803, 1120, 96),
-        },
     ),
     "regdb": Dataset(
         "RegDB", 288, 144, 5, "regdb", (30, 60), range(1, 11), BOTH_WAYS, "idx",
-        {(mode, 1): (2060, 2060, 206) for mode in BOTH_WAYS},
     ),
     "llcm": Dataset(
         "LLCM", 384, 144, 4, "sysu", (20, 40), range(10), BOTH_WAYS, "idx",
-        {(mode, 1): (None, None, 351) for mode in BOTH_WAYS},
     ),
     # RegDB's protocol, preprocessing, recipe, size and schedule: they were chosen together.
-    "folder": Dataset("own images", 288, 144, 5, "regdb", (30, 60), range(1), BOTH_WAYS, "", {}),
+    "folder": Dataset("own images", 288, 144, 5, "regdb", (30, 60), range(1), BOTH_WAYS, ""),
 }  # fmt: skip
 
 # Images in folders camN/PID of these: modality -> camid -> folder. All of SYSU-MM01, LLCM's test split.

@@ -1,4 +1,4 @@
-"""Image files to uint8 arrays, and the arrays of training images on disk."""
+"""Image files to uint8 arrays."""
 
 import os
 from collections import deque

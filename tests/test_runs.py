@@ -1,4 +1,4 @@
-"""runs.py: names that tell runs apart, one writer at a time, logs and checkpoints that fit together."""
+"""runs/: names that tell runs apart, one writer at a time, logs and checkpoints that fit together."""
 
 import logging
 import re
