@@ -48,6 +48,7 @@ class TrainingArrays:
     pids: list[int] | None  # of label 0..C-1; None: not recorded
     fingerprint: str | None  # of the image files; None: not recorded
     pixel_range: PixelRange | None  # by which they were decoded; None: no image has more than eight bits
+    range_was_given: bool = False  # and not found from the images
 
 
 def array_files(folder: str | os.PathLike, prefix: str = "train") -> dict[str, tuple[Path, Path]]:
@@ -102,6 +103,7 @@ def write_training_arrays(
     UserError: too little disk space, found out before anything is decoded; as find_pixel_range.
     UnreadableImages: all of them.
     """
+    given = pixel_range is not None
     pixel_range = find_pixel_range([path for part in paths.values() for path in part], workers, pixel_range)
     files = array_files(folder, prefix)
     manifest = {
@@ -111,6 +113,7 @@ def write_training_arrays(
         "pids": [int(pid) for pid in pids],
         "fingerprint": fingerprint(paths),  # before decoding: an image that changes meanwhile makes it stale
         "pixel_range": pixel_range,
+        "pixel_range_given": given,
     }
     failures = []
     with contextlib.ExitStack() as stack:  # leaves in reverse order
@@ -220,6 +223,7 @@ def open_training_arrays(
         pids=manifest and manifest["pids"],
         fingerprint=manifest and manifest["fingerprint"],
         pixel_range=None if made_by is None else tuple(made_by),
+        range_was_given=bool(manifest and manifest.get("pixel_range_given")),
     )
 
 
@@ -263,7 +267,8 @@ def training_arrays(
     if _manifest_file(folder, prefix).exists():
         with contextlib.suppress(UserError):
             arrays = open_training_arrays(folder, height, width, paths, prefix, pixel_range=pixel_range)
-            if all(np.array_equal(arrays.labels[modality], labels[modality]) for modality in labels):
+            same = all(np.array_equal(arrays.labels[modality], labels[modality]) for modality in labels)
+            if same and (pixel_range is not None or not arrays.range_was_given):  # by an earlier run's flag
                 return arrays
     total = sum(map(len, paths.values()))
     log.info("decoding %d training images once, into %s", total, folder)

@@ -266,6 +266,8 @@ def test_arrays_keep_the_range_that_they_were_decoded_by(tmp_path):
     assert again.pixel_range == (27315, 33315)
     assert (again.images["infrared"] != arrays.images["infrared"]).any()
     assert np.ptp(again.images["infrared"]) < np.ptp(np.stack(expected))
+    for _ in range(2):  # a range that was given for one run is not another run's
+        assert training_arrays(*args).pixel_range == (29000, 31300)
 
 
 def truncated(path):
