@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -270,6 +271,8 @@ def train_run(args: argparse.Namespace, run: Run, checkpoint: dict | None, proce
             and checkpoint["evaluated"] == checkpoint["epoch"]
         ):
             log.info("%s is finished: %d epochs", run.last, checkpoint["epoch"])
+            if args.data_path != (began := checkpoint["args"].get("data_path")):  # moved, or another dataset
+                log.warning("it was trained on what was in %s", began or Path("data", args.dataset))
             return
         if checkpoint is None and first and not args.overwrite:
             run.refuse_to_overwrite(args.epochs)

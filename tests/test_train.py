@@ -492,6 +492,10 @@ def test_a_run_that_is_there_is_not_overwritten(sysu, trained, train_here):
     status, output, _ = train_here(*flags, "--epochs", 2, "--resume", "auto")
     assert status == 0
     assert "is finished: 2 epochs" in output
+    assert "trained on" not in output
+    elsewhere = [*flags, "--data-path", "elsewhere"]  # own images have no other name
+    status, output, _ = train_here(*elsewhere, "--epochs", 2, "--resume", "auto")
+    assert f"it was trained on what was in {sysu}" in output
     status, _, errors = train_here(*flags, "--epochs", 2, "--resume", "auto", "--overwrite")
     assert status == 2
     assert {path: (trained[0] / path).read_bytes() for path in files(trained[0])} == before
