@@ -8,6 +8,7 @@ import pytest
 
 from runs.settings import parse_args
 from tools import ablation
+from tools.commands import machine_flags
 from utils import UserError
 
 FLAGS = ["--quick", "--seeds", "1", "--gpu", "-1", "--amp", "off", "--workers", "1", "--output", "out"]
@@ -83,3 +84,10 @@ def test_a_page_without_the_marks_is_refused_and_kept(tmp_path):
     with pytest.raises(UserError, match=r"page\.md: no file with one"):
         ablation.write_table(tmp_path / "page.md", "table")
     assert (tmp_path / "page.md").read_text() == "my own words"
+
+
+@pytest.mark.parametrize(("gpu", "words"), [([], []), (["--gpu", "1"], ["--gpu", "1"])])
+def test_a_gpu_that_was_not_typed_is_not_passed_on(gpu, words):
+    flags = list(map(str, machine_flags(ablation.get_args_parser().parse_args(gpu))))
+    assert flags[: len(words)] == words
+    assert ("--gpu" in flags) is bool(words)

@@ -13,7 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
-from tools.commands import run
+from tools.commands import machine_flags, run
 from utils import Parser, UserError, at_least, device_flags, run_script, whole_file
 
 SIZE = ("--img-h", "48", "--img-w", "24")
@@ -78,9 +78,7 @@ def train_and_test(out: Path, variant: str, seed: int, args: argparse.Namespace)
     start = time.perf_counter()
     name = re.sub(r"\W+", "-", variant).strip("-") + f"_seed{seed}"
     data, last, report = out / f"sysu_seed{seed}", out / "save_model" / f"{name}_last.t", out / f"{name}.json"
-    machine = (
-        "--gpu", args.gpu, "--amp", args.amp, "--workers", args.workers, "--test-batch", args.test_batch,
-    )  # fmt: skip
+    machine = machine_flags(args)
     own = (*(("--epochs", 1) if args.quick else ()), *VARIANTS[variant].split())
     run(
         "train.py", "--data-path", data, *SIZE, *TRAINING, *own, "--seed", seed, *machine, "--name", name,

@@ -1,5 +1,6 @@
 """Run the repository's own scripts, as a user types them, for tools that orchestrate others."""
 
+import argparse
 import os
 import shlex
 import subprocess
@@ -14,6 +15,12 @@ HERE = Path(__file__).resolve().parents[1]
 def words_of(script: str, *words: object) -> list[str]:
     """What a user types: `python train.py …`, or for a script such as "-m tools.check" `python -m …`."""
     return ["python", *script.split(), *map(str, words)]
+
+
+def machine_flags(args: argparse.Namespace) -> list[object]:
+    """--gpu and the like, for train.py and test.py."""
+    words = ["--amp", args.amp, "--workers", args.workers, "--test-batch", args.test_batch]
+    return words if args.gpu is None else ["--gpu", args.gpu, *words]
 
 
 def run(

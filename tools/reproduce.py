@@ -25,7 +25,7 @@ from data_manager import DATASETS, class_labels, train_samples
 from model import STEMS
 from results.paper import markdown, tables
 from runs.settings import parse_args
-from tools.commands import run, words_of
+from tools.commands import machine_flags, run, words_of
 from utils import Parser, UserError, at_least, device_flags, log_to_terminal, run_script, whole_file
 
 PUBLIC = ("sysu", "regdb", "llcm")
@@ -56,12 +56,6 @@ def get_args_parser() -> Parser:
         help="print what is missing, with an estimate from a few timed steps",
     )
     return parser
-
-
-def machine_flags(args: argparse.Namespace) -> list[object]:
-    """--gpu and the like, for train.py and test.py."""
-    words = ["--amp", args.amp, "--workers", args.workers, "--test-batch", args.test_batch]
-    return words if args.gpu is None else ["--gpu", args.gpu, *words]
 
 
 def plan(args: argparse.Namespace, extra: list[str]) -> dict[str, tuple[object, ...]]:
