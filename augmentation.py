@@ -1,7 +1,7 @@
-"""Augmentation of batches of uint8 images on their device, each image with its own draws.
+"""Augment batches of uint8 images on their device; the draws differ between the images of a batch.
 
-docs/method.md, section 3 (Cheng et al., AAAI 2023). Chance is drawn on the CPU whatever the device, so that
-a CPU and a GPU augment alike.
+docs/method.md, section 3 (Cheng et al., AAAI 2023). Random numbers are always drawn on the CPU, so that a CPU
+and a GPU augment alike.
 """
 
 from dataclasses import dataclass
@@ -23,16 +23,16 @@ ERASE_TRIES = 100
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What chance decides for n images (docs/method.md, section 3)."""
+    """The random choices of an augmentation of n images (docs/method.md, section 3)."""
 
     pad: int  # pixels on each side
     pad_value: int
     top: np.ndarray  # (n,) row at which the crop starts in the padded image, 0..2 pad
     left: np.ndarray  # (n,) column, likewise
     flip: np.ndarray  # (n,) bool, of the crop
-    erase: np.ndarray  # (n, 4) top, bottom, left, right; bottom and right are outside; all 0: nothing
-    channel: np.ndarray  # (n,) the channel that all channels become; -1: each stays
-    grey: np.ndarray  # (n,) bool, channels mixed
+    erase: np.ndarray  # (n, 4) top, bottom, left, right; bottom and right are exclusive; all 0: nothing
+    channel: np.ndarray  # (n,) the channel that replaces all channels; -1: none
+    grey: np.ndarray  # (n,) bool: make the image grey
 
 
 def draw_augmentation(
@@ -40,16 +40,17 @@ def draw_augmentation(
 ) -> Draws:
     """Draw the augmentation of n images of one modality.
 
-    RegDB flips some images before padding them and others after cropping. Both are the same: flipping first
-    turns the crop's column c into 2 pad - c, and both are uniform. So a drawn flip always follows the crop.
+    RegDB's recipe flips some images before padding and others after cropping. The distribution is the same:
+    flipping first turns the crop's column c into 2 pad - c, and both are uniform. So here the flip always
+    follows the crop.
 
     Args:
-        rng: the generator, which the draws advance.
+        rng: source of the draws.
         n: number of images.
         height, width: of the images, in pixels.
         modality: "visible", "infrared" or "aux".
         recipe: "sysu" or "regdb", a column of docs/method.md, section 3.
-        pad: border that the crop reaches into, in pixels on each side.
+        pad: border around the image before cropping, in pixels on each side.
     """
     channel = np.full(n, -1)
     grey = np.zeros(n, dtype=bool)
@@ -72,7 +73,7 @@ def draw_augmentation(
 
 
 def _draw_rectangles(rng: np.random.Generator, n: int, height: int, width: int) -> np.ndarray:
-    """(n, 4) top, bottom, left, right; all 0 where nothing is erased or, in ERASE_TRIES, nothing fits."""
+    """(n, 4) top, bottom, left, right; all 0: nothing is erased, or no rectangle has fitted."""
     area = rng.uniform(*ERASE_AREA, size=(n, ERASE_TRIES)) * (height * width)
     aspect = rng.uniform(*ERASE_ASPECT, size=(n, ERASE_TRIES))
     heights = np.sqrt(area * aspect).round().astype(np.int64)
@@ -87,7 +88,7 @@ def _draw_rectangles(rng: np.random.Generator, n: int, height: int, width: int) 
 
 
 def pinned(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A tensor on the host; for a GPU, in memory that it can fetch from without the host waiting."""
+    """A tensor on the host; for a GPU, in pinned memory, which can be copied without waiting."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
@@ -97,10 +98,10 @@ def _upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 def _constants(channel: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 3) the channel that each channel comes from, and (n, 3, 3) its scale, bias and erase fill.
+    """(n, 3) the source of each channel, and (n, 3, 3) its scale, bias and erase fill.
 
-    Normalising is pixel * scale + bias. It comes before the channel exchange, so its constants are those of
-    the source channel.
+    Normalising is pixel * scale + bias. It happens before the channel exchange, so the constants are the
+    source channel's.
     """
     source = np.where(channel[:, None] < 0, np.arange(3), channel[:, None])
     scale = 1 / (255 * STD)
@@ -111,8 +112,8 @@ def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Augment images (n, H, W, 3) uint8 into (n, 3, H, W) float32, channels_last, on the same device.
 
     Works on rows of bytes, (H, W * 3), in a few kernels for the whole batch: one gather pads, crops, flips
-    and exchanges channels; then one multiplication and addition normalises and erases, since an erased pixel
-    has the scale 0 and the fill as bias. Source: docs/method.md, section 3.
+    and exchanges channels; one multiplication and addition then normalises and erases: for an erased pixel
+    the scale is 0 and the bias is the fill. Source: docs/method.md, section 3.
     """
     n, height, width, _ = images.shape
     device = images.device
@@ -133,7 +134,7 @@ def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     columns = (columns[..., None] * 3 + source).view(n, 1, width * 3)
     pixels = pixels.gather(2, columns.expand(n, height, width * 3)).float()
 
-    # Two rows of constants for each image: for rows that pass the erased rectangle, and that cross it.
+    # Two rows of constants per image: for pixel rows that miss the erased rectangle, and for those in it.
     erased = ((x >= erase_left) & (x < erase_right))[..., None]  # (n, W, 1)
     scales = torch.stack([scale.expand(n, width, 3), torch.where(erased, 0, scale)], dim=1)
     biases = torch.stack([bias.expand(n, width, 3), torch.where(erased, fill, bias)], dim=1)
@@ -144,7 +145,7 @@ def augment(images: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 def _mix_grey(out: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Mix the channels of those images of out (n, H, W, 3) that are drawn to be grey, in place."""
+    """Make the images of out (n, H, W, 3) grey for which this was drawn, in place."""
     if draws.grey.any():
         mixed = _upload(np.flatnonzero(draws.grey), out.device)
         red, green, blue = out.index_select(0, mixed).unbind(3)
@@ -159,7 +160,7 @@ def normalize(images: torch.Tensor, channel: np.ndarray | None = None) -> torch.
 
     Args:
         images: uint8 RGB.
-        channel: (n,) the channel that all channels of an image become, as aux images have it; None: none.
+        channel: (n,) the channel that replaces all channels of an image (aux images); None: no exchange.
     """
     n, height, width, _ = images.shape
     source, constants = _constants(np.array([-1]) if channel is None else channel)

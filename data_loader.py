@@ -1,4 +1,4 @@
-"""Batches: which images make a step, and their way to the training device, augmented.
+"""Batches: choose the images of each step, move them to the training device and augment them there.
 
 docs/method.md, sections 2, 3 and 5 (Cheng et al., AAAI 2023).
 """
@@ -17,7 +17,7 @@ from augmentation import PAD, augment, draw_augmentation, normalize, pinned
 from images import PixelRange, decode
 from utils import MODALITIES, UserError
 
-READ_AHEAD = 2  # batches
+READ_AHEAD = 2  # batches that are read before they are needed
 
 _PURPOSES = ("identities", "images", "augmentation", "memory")
 
@@ -25,22 +25,29 @@ Item = TypeVar("Item")
 
 
 def generator(seed: int, epoch: int, purpose: str, process: int = 0) -> np.random.Generator:
-    """The generator of one purpose in one epoch and process: the same give the same draws."""
+    """A random generator. The same arguments give the same draws.
+
+    Args:
+        seed: the run's.
+        epoch: counted from 0.
+        purpose: one of _PURPOSES, so that one kind of draw does not depend on how many another one makes.
+        process: the rank, for draws that differ between processes.
+    """
     return np.random.default_rng([seed, epoch, _PURPOSES.index(purpose), process])
 
 
 class IdentityBatches:
-    """Which images make up each step of an epoch (docs/method.md, section 2); len() is the number of steps.
+    """Choose the images of each step of an epoch (docs/method.md, section 2); len() is the number of steps.
 
     Args:
-        labels: {"visible": (N,), "infrared": (M,)} int64, 0..C-1; -1: an image that is left out.
-        batch_size: identities of a step, in each process.
-        num_pos: images of each identity and modality.
+        labels: {"visible": (N,), "infrared": (M,)} int64, 0..C-1; -1: an image that is not trained on.
+        batch_size: identities per step and process.
+        num_pos: images per identity and modality.
         seed: of the draws.
-        rank, world_size: this process and the number of processes; in one step no two share an identity.
+        rank, world_size: this process and the number of processes; no two share an identity in a step.
 
     Raises:
-        UserError: the processes together ask for more identities than there are.
+        UserError: all processes together need more identities than exist.
     """
 
     def __init__(
@@ -60,12 +67,12 @@ class IdentityBatches:
             raise UserError(
                 f"--batch-size {batch_size}{processes}: there are only {self.classes} training identities"
             )
-        # Rows sorted by label: those of label y are rows[first[y] : first[y] + counts[y]].
+        # Sort the rows by label: rows[first[y] : first[y] + counts[y]] have label y.
         self._rows, self._first, self._counts = {}, {}, {}
-        for modality, own in labels.items():
-            rows = np.flatnonzero(own >= 0)
-            self._rows[modality] = rows[own[rows].argsort(kind="stable")]
-            self._counts[modality] = np.bincount(own[rows])
+        for modality, array in labels.items():
+            rows = np.flatnonzero(array >= 0)
+            self._rows[modality] = rows[array[rows].argsort(kind="stable")]
+            self._counts[modality] = np.bincount(array[rows])
             self._first[modality] = self._counts[modality].cumsum() - self._counts[modality]
         most = max(map(len, self._rows.values()))
         self._steps = most // (batch_size * num_pos * world_size) + 1
@@ -76,10 +83,10 @@ class IdentityBatches:
     def epoch(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield (labels, rows of visible images, rows of infrared images), each (n,), for every step.
 
-        The k-th visible and the k-th infrared image have the k-th label. A function of seed, epoch and
-        process alone.
+        The k-th visible and the k-th infrared image have the k-th label. The result depends only on seed,
+        epoch and process.
         """
-        identities = generator(self.seed, epoch, "identities")  # common to all processes
+        identities = generator(self.seed, epoch, "identities")  # the same draws in all processes
         images = generator(self.seed, epoch, "images", self.rank)
         mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         for _ in range(self._steps):
@@ -88,15 +95,15 @@ class IdentityBatches:
             yield labels, self._draw(images, "visible", labels), self._draw(images, "infrared", labels)
 
     def _draw(self, rng: np.random.Generator, modality: str, labels: np.ndarray) -> np.ndarray:
-        """For each label a row of one of its images."""
+        """Draw for each label the row of one of its images."""
         nth = rng.integers(self._counts[modality][labels])
         return self._rows[modality][self._first[modality][labels] + nth]
 
 
 def read_ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
-    """Yield the items of a generator, made READ_AHEAD ahead of the consumer by a thread.
+    """Yield the items of a generator, which a thread runs up to READ_AHEAD items ahead.
 
-    The thread ends with the items or when the consumer closes; what it raises is raised here.
+    The thread ends after the last item or when this generator is closed; its exceptions are raised here.
     """
     end = object()
 
@@ -120,16 +127,16 @@ class TrainLoader:
 
     Args:
         images: {"visible": (N, H, W, 3) uint8, "infrared": (M, H, W, 3) uint8}.
-        labels: {modality: (N,) int64}; -1: an image that is left out.
-        batches: which images make up each step.
+        labels: {modality: (N,) int64}; -1: an image that is not trained on.
+        batches: the images of each step.
         recipe: the augmentation, "sysu" or "regdb".
-        device: where batches are augmented and yielded.
+        device: where batches are augmented and used.
         seed: of augmentation and of the memory's channels.
-        cache: where the pixels live: "device"; "host", this process's memory; "disk", memory-mapped, so that
-            several processes share them; "auto": the device if it is a GPU and they fit in a third of its
-            free memory, else the disk. The choice is in .cache.
+        cache: where the images are kept: "device"; "host", this process's memory; "disk", memory-mapped, so
+            that several processes share them; "auto": the device if it is a GPU and they fit in a third of
+            its free memory, else the disk. The attribute cache holds the choice.
         pad: border of the random crop, in pixels.
-        modalities: what is yielded; without "aux" the others are the same.
+        modalities: to yield; the other two modalities are the same with and without "aux".
 
     Raises:
         UserError: --cache device without enough memory.
@@ -150,20 +157,20 @@ class TrainLoader:
         self.labels, self.batches, self.recipe, self.device, self.seed = labels, batches, recipe, device, seed
         self.height, self.width = images["visible"].shape[1:3]
         self.pad, self.modalities = pad, modalities
-        self.wait_seconds = 0.0  # how long the last epoch's consumer waited for input
-        self.cache = choose_cache(cache, sum(part.nbytes for part in images.values()), device)
+        self.wait_seconds = 0.0  # time that the last epoch waited for input
+        self.cache = choose_cache(cache, sum(array.nbytes for array in images.values()), device)
         if self.cache == "device":
-            self.images = {modality: copy_to_device(part, device) for modality, part in images.items()}
+            self.images = {modality: copy_to_device(array, device) for modality, array in images.items()}
         elif self.cache == "host":
-            self.images = {modality: np.array(part) for modality, part in images.items()}
+            self.images = {modality: np.array(array) for modality, array in images.items()}
         else:
             self.images = images
 
     def epoch(self, epoch: int) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Yield ({"visible", "infrared", "aux": (n, 3, H, W) float32}, labels (n,) int64) for every step.
 
-        The aux images are the visible ones with an augmentation of their own. A function of seed, epoch and
-        process alone: the same with every cache, and on every device up to rounding.
+        The aux images are the same visible images, augmented separately. The result depends on seed, epoch
+        and process only: it is the same with every cache and, up to rounding, on every device.
         """
         rng = generator(self.seed, epoch, "augmentation", self.batches.rank)
         size = self.height, self.width
@@ -176,6 +183,7 @@ class TrainLoader:
                 pixels = {"visible": visible, "infrared": infrared, "aux": visible}
                 images = {}
                 for modality in MODALITIES:
+                    # Draw for aux even if it is not used, so that --no-aux changes no other modality.
                     draws = draw_augmentation(rng, len(labels), *size, modality, self.recipe, self.pad)
                     if modality in self.modalities:
                         images[modality] = augment(pixels[modality], draws)
@@ -185,10 +193,14 @@ class TrainLoader:
     def memory_batches(
         self, modality: str, batch_size: int, epoch: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (images (n, 3, H, W) float32, labels (n,) int64): a modality's images in order, unaugmented.
+        """Yield (images (n, 3, H, W) float32, labels (n,) int64): all images of a modality, not augmented.
 
-        modality: "visible", "infrared" or "aux", whose channels are drawn for the epoch. Of several processes
-        each takes every world_size-th image.
+        Each process gets every world_size-th image.
+
+        Args:
+            modality: "visible", "infrared" or "aux".
+            batch_size: images per batch.
+            epoch: for which the channels of aux images are drawn, counted from 0.
         """
         stored = "infrared" if modality == "infrared" else "visible"
         labels = self.labels[stored]
@@ -209,43 +221,54 @@ class TrainLoader:
                 yield images, batch_labels.to(self.device, non_blocking=True)
 
     def _steps(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """On the host, ahead of time: (labels, what _read returns of the visible, of the infrared rows)."""
+        """Yield (labels, visible, infrared) for every step; the last two as _read returns them."""
         for labels, visible, infrared in self.batches.epoch(epoch):
             pixels = self._read("visible", visible), self._read("infrared", infrared)
             yield pinned(labels, self.device), *pixels
 
     def _read(self, modality: str, rows: np.ndarray) -> torch.Tensor:
-        """The pixels of rows (n,) on the host; the rows themselves where the device holds the pixels."""
+        """The pixels of rows (n,) on the host; or the rows themselves if the device holds the pixels."""
         if self.cache == "device":
             return pinned(rows, self.device)
         images = self.images[modality]
         shape = (len(rows), *images.shape[1:])
         pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        np.take(images, rows, axis=0, out=pixels.numpy(), mode="clip")  # "raise" would copy once more
+        np.take(images, rows, axis=0, out=pixels.numpy(), mode="clip")  # mode "raise" would need another copy
         return pixels
 
     def _place(self, modality: str, read: torch.Tensor) -> torch.Tensor:
-        """The pixels (n, H, W, 3) uint8 on the device, of what _read returned."""
+        """Turn what _read returned into pixels (n, H, W, 3) uint8 on the device."""
         read = read.to(self.device, non_blocking=True)
         return self.images[modality].index_select(0, read) if self.cache == "device" else read
 
 
 def choose_cache(cache: str, size: int, device: torch.device) -> str:
-    """Where size bytes of pixels live, see TrainLoader; UserError: --cache device without enough memory."""
+    """Decide where the training images are kept.
+
+    Args:
+        cache: "auto", "device", "host" or "disk", see TrainLoader.
+        size: of the images, in bytes.
+        device: the training device.
+
+    Raises:
+        UserError: --cache device without enough memory.
+    """
     if device.type != "cuda":
         return "disk" if cache == "auto" else cache
-    # What torch holds in reserve counts as free: an earlier run of --trial all may have left it.
+    # Memory that torch keeps but does not use is free: an earlier run of --trial all may have left it.
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + reserve
     if cache == "auto":
         return "device" if size <= free / 3 else "disk"
     if cache == "device" and size > free:
-        raise UserError(f"--cache device: the images need {size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+        raise UserError(
+            f"--cache device: the images need {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
+        )
     return cache
 
 
 def copy_to_device(images: np.ndarray, device: torch.device, chunk: int = 2048) -> torch.Tensor:
-    """images (N, H, W, 3) on the device, copied chunk by chunk: they may be memory-mapped from disk."""
+    """Copy images (N, H, W, 3) uint8 to the device in chunks, as they may be memory-mapped from disk."""
     stored = torch.empty(images.shape, dtype=torch.uint8, device=device)
     for start in range(0, len(images), chunk):
         stored[start : start + chunk] = torch.from_numpy(np.array(images[start : start + chunk]))
@@ -261,22 +284,29 @@ def evaluation_batches(
     workers: int,
     pixel_range: PixelRange | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Yield images (n, 3, H, W) float32, normalised, on the device, in order, read ahead of the consumer.
+    """Yield normalised images (n, 3, H, W) float32 on the device, in order, read ahead of their use.
 
-    source: paths, which workers threads decode to height x width, those of more than eight bits
-    by pixel_range (images.read_image), or an array (N, H, W, 3) uint8.
-    UnreadableImages: all of them.
+    Args:
+        source: paths of images, or an array (N, H, W, 3) uint8.
+        height, width: to decode to, in pixels.
+        batch_size: images per batch.
+        device: where the batches go.
+        workers: threads that decode.
+        pixel_range: for images of more than eight bits, see images.read_image.
+
+    Raises:
+        UnreadableImages: with every image that cannot be read.
     """
 
     def batches():
         if isinstance(source, np.ndarray):
-            parts = (
+            arrays = (
                 np.array(source[start : start + batch_size]) for start in range(0, len(source), batch_size)
             )
         else:
-            parts = decode(source, height, width, workers, batch_size, pixel_range)
-        with contextlib.closing(parts):
-            for pixels in parts:
+            arrays = decode(source, height, width, workers, batch_size, pixel_range)
+        with contextlib.closing(arrays):
+            for pixels in arrays:
                 yield pinned(pixels, device)
 
     with contextlib.closing(read_ahead(batches(), device)) as items:

@@ -85,7 +85,7 @@ def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, objec
         except TypeError:  # no length, say
             good = False
         if not good:
-            raise UserError(f"{path}: its settings are refused: {key} {settings[key]!r}")
+            raise UserError(f"{path}: invalid settings: {key} {settings[key]!r}")
     return settings
 
 

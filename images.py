@@ -1,4 +1,4 @@
-"""Image files to uint8 arrays."""
+"""Decode image files into uint8 arrays."""
 
 import os
 from collections import deque
@@ -11,16 +11,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils import UserError, log
 
-DECODE_PIECE = 8  # images a thread decodes in one go
+DECODE_PIECE = 8  # images that a thread decodes per task
 FULL_RANGE = (0.0, 65535.0)  # as a pixel range: the high byte of 16 bits
-MIN_LEVELS = 8  # grey levels, of 256: with fewer, nearly everything is lost
-EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tga")  # their formats have no more
+MIN_LEVELS = 8  # of 256 grey levels; an image that keeps fewer is refused as nearly empty
+EIGHT_BITS = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".tga",
+)  # formats without more than eight bits
 
 PixelRange = tuple[float, float]  # the values that become 0 and 255
 
 
 class UnreadableImages(UserError):
-    """Images that cannot be read; failures holds a "path (reason)" for each of them."""
+    """Images that cannot be read; failures holds "path (reason)" for each."""
 
     def __init__(self, failures: list[str]):
         super().__init__(
@@ -32,8 +41,20 @@ class UnreadableImages(UserError):
 def to_pixels(
     image: Image.Image, height: int, width: int, pixel_range: PixelRange | None = None
 ) -> np.ndarray:
-    """An open image, which it may turn upright in place, as read_image gives it; OSError as its reasons."""
-    # Of colours with 16 bits a channel Pillow reads the upper 8; what tells is gone once it is loaded.
+    """Convert an open image as read_image does; may rotate it in place.
+
+    Args:
+        image: an image that Pillow has opened.
+        height, width: to resize to, in pixels.
+        pixel_range: see read_image.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+
+    Raises:
+        OSError: the reason why the image cannot be used.
+    """
+    # Pillow reads only the upper 8 of 16 bits per colour channel. `tile` says so until the image is loaded.
     upper_bits = not _is_deep(image) and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     ImageOps.exif_transpose(image, in_place=True)
     if _is_deep(image):
@@ -42,23 +63,34 @@ def to_pixels(
         image = image.convert("RGBA")
     image = image.convert("RGB")
     if upper_bits and 0 < np.ptp(np.asarray(image)) < MIN_LEVELS:
-        raise OSError("16 bits a channel, of which Pillow reads the upper 8 alone; save it as a grey image")
+        raise OSError(
+            "it has 16 bits per channel, and Pillow reads only the upper 8; save it as a grey image"
+        )
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def read_image(
     path: str | os.PathLike, height: int, width: int, pixel_range: PixelRange | None = None
 ) -> np.ndarray:
-    """Read an image file as (height, width, 3) uint8 RGB, resized once with Lanczos.
+    """Read an image file, resized once with Lanczos.
 
-    Upright by its EXIF; an alpha channel is dropped. Grey images of more than eight bits (16, 32, floating
-    point) come to eight by pixel_range, one for a whole dataset (find_pixel_range), before they are resized;
-    without one, by their high byte.
-    UnreadableImages: no such file, not a file, not an image, truncated, with more pixels than Pillow
-    considers safe (a decompression bomb), or with more than eight bits that do not fit pixel_range.
+    The EXIF orientation is applied and an alpha channel is dropped.
+
+    Args:
+        path: of the file.
+        height, width: to resize to, in pixels.
+        pixel_range: the values that become 0 and 255 in grey images of more than eight bits (16, 32, floating
+            point), the same for a complete dataset, see find_pixel_range; None: they keep their high byte.
+
+    Returns:
+        (height, width, 3) uint8 RGB.
+
+    Raises:
+        UnreadableImages: no such file, not an image, truncated, more pixels than Pillow considers safe (a
+            decompression bomb), or values that do not fit pixel_range.
     """
     try:
-        if not os.path.isfile(path):  # opening a named pipe would wait for ever
+        if not os.path.isfile(path):  # opening a named pipe would block
             raise OSError("not a file" if os.path.exists(path) else "no such file")
         with Image.open(path) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -72,14 +104,14 @@ def read_image(
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether Pillow gives an image with more than eight bits: clipped at 255, if it converts it."""
+    """Whether Pillow opened the image with more than eight bits; its own conversion would clip at 255."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
 def _eight_bits(values: np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
-    """Values (H, W) float64 as uint8: 256 levels of equal width. OSError where nearly nothing would be left.
+    """Values (H, W) float64 as uint8: 256 levels of equal width. OSError if nearly nothing would be left.
 
-    An image of little contrast may keep few levels: a range of its own would make it another image.
+    An image with little contrast keeps few levels: stretching it would make images incomparable.
     """
     low, high = pixel_range or FULL_RANGE
     least, most = values.min(), values.max()
@@ -88,7 +120,9 @@ def _eight_bits(values: np.ndarray, pixel_range: PixelRange | None) -> np.ndarra
     if least > high or most < low:
         raise OSError(f"its values, {least:g} to {most:g}, are outside the pixel range {low:g} to {high:g}")
     if pixel_range is None and 0 < (most - least) * 256 / (high - low) < MIN_LEVELS:
-        raise OSError(f"its values, {least:g} to {most:g}, need a pixel range; the training images had none")
+        raise OSError(
+            f"its values, {least:g} to {most:g}, need a pixel range, but the training images had none"
+        )
     return ((values - low) * 256 / (high - low)).clip(0, 255).astype(np.uint8)
 
 
@@ -100,17 +134,17 @@ def find_pixel_range(
     Args:
         paths: the training images. Formats of eight bits are not opened.
         workers: threads.
-        given: the user's choice, which is compared with the images' values and returned.
+        given: the user's choice, which is checked against the images' values and returned.
 
     Returns:
         (low, high), or None if no image has more than eight bits. low is the lowest and high the highest
-        value of all images, each without the thousandth of its pixels at either end, which may be dead or
-        hot, and without images of one value. If they are more than half of 0..65535 apart, and within it,
-        (0, 65535): such files keep their high byte.
+        value of all images. A thousandth of each image's pixels is left out at either end, since they may be
+        dead or hot, and so are images with a single value. If low and high are within 0..65535 and more than
+        half of it apart, (0, 65535): such files keep their high byte.
 
     Raises:
-        UserError: no image of more than eight bits has two values; or given is no range, is given for
-            nothing, or would leave fewer than MIN_LEVELS grey levels or cut off nearly all values.
+        UserError: every image of more than eight bits has a single value; or given is not a range, is not
+            needed, would leave fewer than MIN_LEVELS grey levels or would cut off nearly all values.
     """
 
     def ends(path: str) -> PixelRange | None:
@@ -121,14 +155,14 @@ def find_pixel_range(
                 if not _is_deep(image):
                     return None
                 values = np.sort(np.asarray(image, dtype=np.float64), axis=None)
-        except Exception:  # decoding will name it
+        except Exception:  # decoding will report it
             return None
         few = len(values) // 1000
         return float(values[few]), float(values[-1 - few])
 
     flag = "" if given is None else f"--pixel-range {given[0]:g} {given[1]:g}"
     if given is not None and not given[0] < given[1]:
-        raise UserError(f"{flag}: the first must be less than the second")
+        raise UserError(f"{flag}: LOW must be less than HIGH")
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         deep = [pair for pair in pool.map(ends, paths) if pair is not None]
     if not deep:
@@ -138,14 +172,14 @@ def find_pixel_range(
     varied = [pair for pair in deep if pair[0] < pair[1]]
     if not varied:
         raise UserError(
-            f"{len(deep)} images have more than eight bits, and each only one value: {paths[0]} …"
+            f"all {len(deep)} images of more than eight bits have a single value each: {paths[0]} …"
         )
     low, high = min(pair[0] for pair in varied), max(pair[1] for pair in varied)
     found = f"{low:,g} to {high:,g}"
     if given is not None:
         kept = min(high, given[1]) - max(low, given[0])
         if kept * 256 < MIN_LEVELS * max(high - low, given[1] - given[0]):
-            raise UserError(f"{flag}: nearly nothing would be left of the images' values, {found}")
+            raise UserError(f"{flag}: nearly nothing would be left of the images' values, which are {found}")
         low, high = given
     elif low >= FULL_RANGE[0] and high <= FULL_RANGE[1] and high - low > FULL_RANGE[1] / 2:
         low, high = FULL_RANGE
@@ -164,11 +198,21 @@ def decode(
     batch_size: int = 64,
     pixel_range: PixelRange | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield the images of paths in order as (n, height, width, 3) uint8, decoded ahead by workers threads.
+    """Decode images in order and ahead of their use. In threads: Pillow releases the interpreter's lock.
 
-    n is batch_size but for the last batch. Threads, not processes: Pillow decodes and resizes without the
-    interpreter's lock. UnreadableImages names every unreadable image: after the first of them, the others
-    are read for that purpose alone.
+    Args:
+        paths: of the images.
+        height, width: to resize to, in pixels.
+        workers: threads.
+        batch_size: images per array; the last array may have fewer.
+        pixel_range: see read_image.
+
+    Yields:
+        (n, height, width, 3) uint8.
+
+    Raises:
+        UnreadableImages: with every image that cannot be read. After the first one nothing is yielded, and
+            the other images are read only to find all of them.
     """
 
     def fill(paths: Sequence[str], rows: np.ndarray) -> list[str]:

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node 4 train.py --dataset sysu
 
 Writes <run>_best.t and <run>_last.t under save_model/, a log under log/<dataset>_log/ and TensorBoard events
-under log/vis_log/. An epoch is read in this file from top to bottom; docs/method.md has the definitions.
+under log/vis_log/. Read an epoch in this file from top to bottom; docs/method.md defines the method.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from utils import UserError, log, log_to_terminal, run_script
 
 Batches = Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]
 
-LOOK_EVERY = 20  # steps between two looks at the device's losses: each look waits for the device
+LOOK_EVERY = 20  # steps between two checks of the losses: a check waits for the device
 
 
 class NotFinite(UserError):
@@ -47,10 +47,16 @@ class NotFinite(UserError):
 
 
 def learning_rate(epoch: int, base: float, warmup: int, decay: tuple[int, int]) -> float:
-    """The rate of an epoch (from 0): linear warm-up, base, a tenth after decay[0], a hundredth from decay[1].
+    """The learning rate of an epoch: linear warm-up, base, a tenth after decay[0], a hundredth from decay[1].
 
-    `>` at the first and `>=` at the second is how the released code has it, and its results were made so
-    (docs/method.md, section 7).
+    The released code compares with `>` at the first and `>=` at the second, and the published results were
+    made with it (docs/method.md, section 7).
+
+    Args:
+        epoch: counted from 0.
+        base: the rate after the warm-up.
+        warmup: length of the warm-up, in epochs.
+        decay: the two epochs at which the rate falls, counted from 0.
     """
     if epoch < warmup:
         return base * (epoch + 1) / warmup
@@ -68,7 +74,7 @@ def rebuild_memory(training: Training, epoch: int) -> None:
     for modality in training.loader.modalities:
         sums = torch.zeros_like(bank.shared.proxies)  # (C, D)
         counts = sums.new_zeros(len(sums), 1)
-        # Of several processes each extracts its share of the images.
+        # Each process embeds its share of the images; all_reduce adds the sums up.
         for images, labels in training.loader.memory_batches(modality, test_batch, epoch):
             features = extract_features(training.model, [images], modality, training.dtype)  # (n, D)
             sums.index_add_(0, labels, features)
@@ -78,16 +84,15 @@ def rebuild_memory(training: Training, epoch: int) -> None:
 
 
 def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.Tensor:
-    """Take one step for each batch, against the bank as rebuild_memory left it.
+    """Take one step per batch, starting from the bank that rebuild_memory made.
 
     Args:
-        training: what is trained; its network, bank and optimiser change.
-        batches: ({modality: (n, 3, H, W) float32}, labels (n,) int64) on the device; aux may be missing.
-        epoch: its number, from 0, for messages.
+        training: the run; its network, bank and optimiser are updated.
+        batches: ({modality: (n, 3, H, W) float32}, labels (n,) int64) on the device; no aux with --no-aux.
+        epoch: counted from 0, for messages.
 
     Returns:
-        The losses of each step, (steps, 1 + terms) float32 on the CPU: the total, then the loss's terms,
-        unweighted.
+        The losses (steps, 1 + terms) float32 on the CPU: in each row the total, then the unweighted terms.
 
     Raises:
         NotFinite: a loss is not finite.
@@ -96,14 +101,15 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
     device, dtype, processes = training.device, training.dtype, training.processes
     names = tuple(training.loss.weights)
     network.train()
-    history = []  # of losses, on the device
+    history = []  # the losses of each step, on the device
     progress = tqdm(batches, f"epoch {epoch + 1}", len(training.loader.batches), leave=False, disable=None)
     for images, labels in progress:
-        # One pass through the trunk: its batch norms see all 3n images. The aux images are made of visible
-        # ones, so they take the visible stem.
+        # One pass through the trunk, so that its batch norms see all 3n images. The aux images are made from
+        # visible images, so they go through the visible stem.
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             visible = torch.cat([images[modality] for modality in ("visible", "aux") if modality in images])
             outputs, pooled = network(visible, images["infrared"], with_pooled=True)  # (3n, D) each
+        # The features are the outputs of BNNeck, L2-normalised. Their rows come in the order of the images.
         order = [modality for modality in ("visible", "aux", "infrared") if modality in images]
         rows = F.normalize(outputs.float()).chunk(len(order))  # (n, D) each, unit norm
         features = dict(zip(order, rows, strict=True))
@@ -111,12 +117,13 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(total).backward()
-        # The loss has used the tables as they were before this step; now they learn from its features. Every
-        # process has a bank of its own, and updates it with the features of all, so that all banks agree.
+        # The loss has used the tables from before this step; only now are they updated with its features.
+        # Each process has a copy of the bank and updates it with the features of all processes, so that the
+        # copies stay equal.
         if processes.world_size > 1:
             features = {modality: processes.all_gather(f.detach()) for modality, f in features.items()}
             labels = processes.all_gather(labels)
-            for weight in training.loss.parameters():  # a baseline's classifier, which is outside the network
+            for weight in training.loss.parameters():  # a baseline's classifier, outside the network
                 weight.grad = processes.all_reduce(weight.grad) / processes.world_size
         bank.update(features, labels)
         scaler.step(optimizer)
@@ -131,10 +138,10 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
 
 
 def show(progress: tqdm, loss: float, training: Training, epoch: int) -> None:
-    """Write loss, speed and the time that the run's steps will still take behind a progress bar."""
-    if progress.disable:  # no terminal: no clock either
+    """Show the loss, the speed and the time left until the end of the run next to the progress bar."""
+    if progress.disable:  # no terminal, so tqdm measures no time
         return
-    seconds = progress.format_dict["elapsed"] / max(progress.n, 1)  # of a step
+    seconds = progress.format_dict["elapsed"] / max(progress.n, 1)  # per step
     images = 3 * training.args.batch_size * training.args.num_pos * training.processes.world_size
     steps = (training.args.epochs - epoch) * len(training.loader.batches) - progress.n
     left = tqdm.format_interval(steps * seconds)
@@ -142,7 +149,7 @@ def show(progress: tqdm, loss: float, training: Training, epoch: int) -> None:
 
 
 def refuse_non_finite(history: list[torch.Tensor], terms: Iterable[str], epoch: int) -> None:
-    """NotFinite naming the first step and the terms whose loss is not finite; waits for the device."""
+    """Raise NotFinite with the first step and terms that are not finite. Waits for the device."""
     finite = torch.stack(history).isfinite().cpu()
     if not finite.all():
         step = int((~finite.all(1)).nonzero()[0])
@@ -151,7 +158,7 @@ def refuse_non_finite(history: list[torch.Tensor], terms: Iterable[str], epoch: 
 
 
 def refuse_non_finite_weights(model: torch.nn.Module, epoch: int) -> None:
-    """NotFinite naming the first weight that is not finite."""
+    """Raise NotFinite with the name of the first weight that is not finite."""
     for name, value in model.state_dict().items():
         if not value.isfinite().all():
             raise NotFinite(f"the weight {name} is not finite after epoch {epoch + 1}")
@@ -161,7 +168,7 @@ def refuse_non_finite_weights(model: torch.nn.Module, epoch: int) -> None:
 
 
 def evaluate(training: Training) -> tuple[Metrics, Features]:
-    """The metrics of the network as it is, mean over the trials of the run's protocol, and its features."""
+    """Evaluate the network: the metrics, averaged over the protocol's trials, and the features."""
     args = training.args
     training.model.eval()
     features = training.evaluation.features(
@@ -172,10 +179,10 @@ def evaluate(training: Training) -> tuple[Metrics, Features]:
 
 
 def evaluate_if_due(training: Training, run: Run, board: Board) -> None:
-    """Evaluate if this epoch is one to evaluate and is not yet, keep the best, save and log.
+    """If an evaluation is due and not done yet: evaluate, keep the best, save and log.
 
-    The epoch is on disk before: whatever an evaluation raises, no epoch is lost, and a run that is stopped in
-    an evaluation repeats it when it is continued.
+    The epoch was saved before. So a failed evaluation loses no epoch, and a run that is stopped during an
+    evaluation repeats it when it is resumed.
     """
     args, epoch = training.args, training.epoch
     due = epoch == args.epochs or (epoch > args.eval_start and epoch % args.eval_every == 0)
@@ -183,7 +190,7 @@ def evaluate_if_due(training: Training, run: Run, board: Board) -> None:
         return
     metrics, features = evaluate(training)
     result = {"epoch": epoch, "rank1": float(metrics.cmc[0]), "mAP": metrics.mAP, "mINP": metrics.mINP}
-    # The highest mAP, as in the released code; of equal ones the first.
+    # The highest mAP is best, as in the released code; of equal ones, the earliest.
     is_best = (
         args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
     )
@@ -200,13 +207,13 @@ def evaluate_if_due(training: Training, run: Run, board: Board) -> None:
 
 
 def fit(training: Training, run: Run) -> None:
-    """The epochs of a run: set the rate, rebuild the memory, train, save, evaluate, choose, save."""
+    """Train the remaining epochs: set the rate, rebuild the memory, train, save, evaluate, keep the best."""
     args, processes, loader = training.args, training.processes, training.loader
     board = Board(run.events if processes.rank == 0 else None, training.epoch)
     if training.epoch == 0:
-        with contextlib.closing(loader.epoch(0)) as batches:  # shows whether augmentation is right
+        with contextlib.closing(loader.epoch(0)) as batches:  # for TensorBoard: augmented images
             board.add_batch(next(batches)[0])
-    evaluate_if_due(training, run, board)  # of --epochs 0, and of a run that was stopped in its evaluation
+    evaluate_if_due(training, run, board)  # with --epochs 0, or after a stop during an evaluation
     for epoch in range(training.epoch, args.epochs):
         rate = learning_rate(epoch, args.lr, args.warmup_epochs, args.decay_epochs)
         for group in training.optimizer.param_groups:
@@ -218,14 +225,14 @@ def fit(training: Training, run: Run) -> None:
         rebuilt = time.perf_counter()
         try:
             losses = train_one_epoch(training, loader.epoch(epoch), epoch)
-            # The network's running statistics differ between processes: evaluate and save the first one's.
+            # The running statistics differ between processes: evaluate and save those of process 0.
             processes.broadcast(training.model.buffers())
             refuse_non_finite_weights(training.model, epoch)
         except NotFinite as error:
             good = (
                 f"the last good checkpoint is {run.last}, after epoch {epoch}"
                 if epoch
-                else "no epoch was good"
+                else "no checkpoint was saved"
             )
             raise NotFinite(f"{error}; {good}") from error
         seconds = time.perf_counter() - rebuilt
@@ -258,8 +265,19 @@ def fit(training: Training, run: Run) -> None:
 
 
 def train_run(args: argparse.Namespace, run: Run, checkpoint: dict | None, processes: Processes) -> None:
-    """Train one run, from its start or its checkpoint, to its last epoch; or check that this can be done."""
-    first = processes.rank == 0  # the process that writes
+    """Train one run to its last epoch, or, with --check, only try whether that would work.
+
+    Args:
+        args: the run's settings.
+        run: the run's files.
+        checkpoint: where to continue; None: from the start.
+        processes: the processes of the run; only process 0 writes files.
+
+    Raises:
+        UserError: the run exists already, another process trains it, a file cannot be written, or the GPU has
+            too little memory.
+    """
+    first = processes.rank == 0
     if first:
         run.refuse_unwritable()
         if not args.check:
@@ -298,7 +316,7 @@ def train_run(args: argparse.Namespace, run: Run, checkpoint: dict | None, proce
 
 
 def check(training: Training) -> None:
-    """Try a few steps and an evaluation batch, and log what they took; writes no checkpoint and no log."""
+    """Try a few steps and one evaluation batch and log their time and memory; writes no files."""
     bank, loader, device = training.bank, training.loader, training.device
     bank.reset({modality: torch.randn_like(bank.shared.proxies) for modality in loader.modalities})
     seconds = []
@@ -327,13 +345,13 @@ def check(training: Training) -> None:
 
 
 def main(command: list[str]) -> int | None:
-    """Train the runs that a command line asks for; 143 or 130 when SIGTERM or Ctrl-C stopped them."""
+    """Train the run or runs of a command line; return 143 after SIGTERM and 130 after Ctrl-C."""
     args = get_args_parser().parse_args(command)
     processes = Processes()
     log_to_terminal(quiet=processes.rank > 0)
     if processes.world_size > 1 and args.gpu is not None and args.gpu >= 0:
         raise UserError(
-            f"--gpu {args.gpu}: of several processes each takes the GPU of its own number: leave it out"
+            f"--gpu {args.gpu}: leave it out with torchrun: each process takes the GPU of its local rank"
         )
     commands = [command]
     if args.trial == "all":
@@ -341,7 +359,7 @@ def main(command: list[str]) -> int | None:
     try:
         if args.trial == "all" and not args.resume and not args.check:
             if args.overwrite and processes.rank == 0:
-                for words in commands:  # all now: a trial that an earlier run left would count as done
+                for words in commands:  # all of them now: an old trial would count as done
                     _, run, _ = open_run(words)
                     run.acquire()
                     run.remove()
@@ -353,7 +371,7 @@ def main(command: list[str]) -> int | None:
                 log.info("RegDB, trial %s of 10", run_args.trial)
             train_run(run_args, run, checkpoint, processes)
     except (KeyboardInterrupt, SystemExit) as stop:
-        # A stop saves nothing that a kill would lose. The next Ctrl-C ends the process at once.
+        # Every finished epoch is saved already. The next Ctrl-C ends the process at once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         words = [word for word in sys.argv if word != "--overwrite"]
         words += [] if args.resume else ["--resume", "auto"]
@@ -362,8 +380,8 @@ def main(command: list[str]) -> int | None:
         log.info("stopped; to continue: %s", shlex.join(words))
         return 130 if isinstance(stop, KeyboardInterrupt) else stop.code
     except RuntimeError as error:
-        if processes.world_size > 1 and "by peer" in str(error):  # closed, or reset
-            raise UserError("another process has ended: its own message says why") from error
+        if processes.world_size > 1 and "by peer" in str(error):  # connection closed or reset
+            raise UserError("another process has failed: see its error message") from error
         raise
     processes.stop()
     return None

@@ -1,4 +1,4 @@
-"""A run's settings, and what is built from them: data, network, memory bank, optimiser, evaluation."""
+"""Build everything a run trains with: data, network, memory bank, optimiser and evaluation."""
 
 import argparse
 from dataclasses import dataclass
@@ -28,37 +28,37 @@ from utils import (
 )
 
 SELECTION = {
-    "test": "the epoch with the highest mAP on the test split, as is the literature's habit: optimistic",
+    "test": "the epoch with the highest mAP on the test split, as in the literature: optimistic",
     "val": "the epoch with the highest mAP on the val ids, which are not trained on",
-    "last": "the last epoch: none is chosen",
+    "last": "the last epoch, without selection",
 }
 
 
 @dataclass
 class Training:
-    """What a run trains with, and how far it is."""
+    """Everything a run trains with, and its progress."""
 
     args: argparse.Namespace
     processes: Processes
     device: torch.device
     dtype: torch.dtype | None  # autocast's; None: float32
     loader: TrainLoader
-    model: TwoStreamResNet  # the weights that are evaluated and saved
-    network: nn.Module  # the same as a step calls it: across processes, compiled
+    model: TwoStreamResNet  # the network that is evaluated and saved
+    network: nn.Module  # model as a step calls it: wrapped for several processes, compiled
     bank: MemoryBank
-    loss: nn.Module  # of a step: MCE, or a baseline with its classifier
+    loss: nn.Module  # MCE, or a baseline with its classifier
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     evaluation: Evaluation
     protocol: Protocol
-    data: str  # the training data in one line
-    epoch: int = 0  # how many epochs are trained
-    evaluated: int = -1  # after how many of them the network was evaluated last; -1: never
+    data: str  # a line that describes the training data
+    epoch: int = 0  # completed epochs
+    evaluated: int = -1  # the value of epoch at the last evaluation; -1: none yet
     best: dict | None = None  # {"epoch", "rank1", "mAP", "mINP"} of the best evaluation
-    latest: Metrics | None = None  # of the last evaluation
+    latest: Metrics | None = None  # metrics of the last evaluation
 
     def state(self) -> dict:
-        """The checkpoint; cmc, mAP and mINP are those of the last evaluation."""
+        """The checkpoint. cmc, mAP and mINP are from the last evaluation."""
         latest = self.latest
         return {
             "net": self.model.state_dict(),
@@ -79,7 +79,7 @@ class Training:
         }
 
     def describe(self) -> list[str]:
-        """The run in a few lines, for its log."""
+        """Describe the run in a few lines, for its log."""
         args, device = self.args, self.device
         name = f"{torch.get_num_threads()} threads"
         if device.type == "cuda":
@@ -100,9 +100,15 @@ class Training:
 
 
 def build_training(args: argparse.Namespace, checkpoint: dict | None, processes: Processes) -> Training:
-    """Build what a run trains with, as it starts or as a checkpoint left it; seeds this process.
+    """Build everything a run trains with, and seed this process.
 
-    Raises UserError for data, weights, a device or a checkpoint that a run cannot use.
+    Args:
+        args: the run's settings.
+        checkpoint: where to continue; None: from the start.
+        processes: the processes of the run, which join here.
+
+    Raises:
+        UserError: data, weights, a device or a checkpoint that cannot be used.
     """
     device = select_device(args.gpu)
     dtype = autocast_dtype(args.amp, device)
@@ -128,7 +134,7 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
     network = model
     if processes.world_size > 1:
         network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-        network.broadcast_buffers = False  # training reads none; train.py broadcasts them each epoch
+        network.broadcast_buffers = False  # a step reads no buffers; train.py broadcasts them once per epoch
     bank, loss = build_loss(args, loader.batches.classes, model.dim, device)
     training = Training(
         args=args,
@@ -150,14 +156,21 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
     )
     if checkpoint:
         restore(training, checkpoint)
-    evaluation.load(args.workers, processes)  # broken test images are found before the first epoch
+    evaluation.load(args.workers, processes)  # so that broken test images are found before training
     return training
 
 
 def build_loss(
     args: argparse.Namespace, num_classes: int, dim: int, device: torch.device
 ) -> tuple[MemoryBank, nn.Module]:
-    """The memory bank, which a baseline leaves unused, and the loss."""
+    """Build the memory bank (the baselines do not use it) and the loss.
+
+    Args:
+        args: the run's settings.
+        num_classes: C, the number of training identities.
+        dim: D, the dimension of a feature.
+        device: where both live.
+    """
     bank = MemoryBank(
         num_classes, dim, args.temperature, args.shared_momentum, args.momentum, args.update == "hard", device
     )
@@ -170,9 +183,19 @@ def build_loss(
 def build_loader(
     args: argparse.Namespace, root: Path, device: torch.device, processes: Processes
 ) -> tuple[TrainLoader, str]:
-    """The training input, and the training data described in one line."""
+    """Build the training input, and a line that describes the training data.
+
+    Args:
+        args: the run's settings; args.pixel_range is filled in, see load_training_data.
+        root: the dataset's folder.
+        device: where batches are made.
+        processes: process 0 decodes the training images if needed; the others wait for it.
+
+    Raises:
+        UserError: training images or arrays that cannot be used.
+    """
     if processes.rank > 0:
-        processes.barrier()  # until the first process has made the arrays, where they have to be made
+        processes.barrier()  # until process 0 has made the training arrays, if they are missing
     images, labels, fingerprint = load_training_data(args, root)
     if processes.rank == 0:
         processes.barrier()
@@ -182,20 +205,20 @@ def build_loader(
     recipe = DATASETS[args.dataset].recipe
     modalities = [modality for modality in MODALITIES if not (args.no_aux and modality == "aux")]
     loader = TrainLoader(images, labels, batches, recipe, device, args.seed, args.cache, args.pad, modalities)
-    counts = ", ".join(f"{(own >= 0).sum()} {modality}" for modality, own in labels.items())
+    counts = ", ".join(f"{(array >= 0).sum()} {modality}" for modality, array in labels.items())
     size = f"{loader.height}x{loader.width}"
     data = f"{batches.classes} identities, {counts} images of {size}, {fingerprint[:16]}"
     return loader, f"training data: {data}"
 
 
 def load_training_data(args: argparse.Namespace, root: Path) -> tuple[dict, dict, str]:
-    """Training images {modality: (N, H, W, 3) uint8}, labels {modality: (N,) int64} and a fingerprint.
+    """Load training images {modality: (N, H, W, 3) uint8}, labels {modality: (N,) int64} and a fingerprint.
 
-    Label -1: an image of a val id, which --select val does not train on. args.pixel_range becomes the one
-    that the images were decoded by, for the checkpoint, and so for test.py.
+    Label -1 marks an image of a val id, which --select val does not train on. args.pixel_range is set to the
+    range that the images were decoded with, so that the checkpoint records it for test.py.
     """
     samples = data_manager.train_samples(args.dataset, root, args.trial and int(args.trial))
-    paths = {modality: own.paths for modality, own in samples.items()}
+    paths = {modality: samples[modality].paths for modality in samples}
     folder = args.array_path or root
     if args.dataset == "sysu":
         arrays = open_training_arrays(folder, args.img_h, args.img_w, paths, "train", root, args.pixel_range)
@@ -212,36 +235,36 @@ def load_training_data(args: argparse.Namespace, root: Path) -> tuple[dict, dict
         return arrays.images, arrays.labels, arrays.fingerprint or "of unknown origin"
     if arrays.pids is None:
         raise UserError(
-            f"--select val needs to know the ids behind the arrays in {folder}: run pre_process_sysu.py"
+            f"--select val: {folder} does not record the ids of its training arrays: run pre_process_sysu.py"
         )
     train = data_manager.train_samples(args.dataset, root, split="train")
     kept = np.flatnonzero(np.isin(arrays.pids, train["visible"].pids))  # labels
     labels = {
-        modality: np.where(np.isin(own, kept), np.searchsorted(kept, own), -1)
-        for modality, own in arrays.labels.items()
+        modality: np.where(np.isin(array, kept), np.searchsorted(kept, array), -1)
+        for modality, array in arrays.labels.items()
     }
     return arrays.images, labels, arrays.fingerprint
 
 
 def restore(training: Training, checkpoint: dict) -> None:
-    """Continue where a checkpoint of the same run was saved; its network is loaded already."""
+    """Restore the state of a run from its checkpoint; build_training has loaded the network."""
     resume, processes = f"--resume {training.args.resume}", training.processes
     if (count := checkpoint["world_size"]) != processes.world_size:
         raise UserError(
-            f"{resume}: its run has {count} process(es), this has {processes.world_size}: "
+            f"{resume}: the run has {count} process(es), not {processes.world_size}: "
             f"start it with torchrun --nproc_per_node {count}"
         )
     try:
         training.loss.load_state_dict(checkpoint["loss"])
         training.optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:  # empty unless the run is in fp16: --amp auto differs between GPUs
+        if checkpoint["scaler"]:  # empty unless the run used fp16; --amp auto depends on the GPU
             training.scaler.load_state_dict(checkpoint["scaler"])
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{resume}: broken state of the optimiser: {error}") from error
+        raise UserError(f"{resume}: cannot restore the optimiser's state: {error}") from error
     if checkpoint["data"] != training.data:
-        log.warning("the data has changed: the run began with %s", checkpoint["data"])
+        log.warning("the training data has changed; the run started with %s", checkpoint["data"])
     training.epoch, training.evaluated = checkpoint["epoch"], checkpoint["evaluated"]
     training.best = checkpoint["best"]
     if checkpoint["cmc"]:

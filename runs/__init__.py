@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from checkpoints import load_checkpoint, save_checkpoint
 from utils import UserError, log, refuse_unwritable
 
-# Settings that may differ between the parts of one run; every other one is fixed by its checkpoint.
+# Settings that may change when a run is resumed; all others are fixed by its checkpoint.
 MAY_CHANGE = {
     "data_path", "array_path", "model_path", "log_path", "epochs", "workers", "gpu", "cache", "test_batch",
     "name", "resume", "overwrite", "check", "test_identities",
@@ -34,10 +34,10 @@ IN_NAME = ("dataset", "num_pos", "batch_size", "lr", "seed", "trial")
 
 
 def run_name(settings: Mapping[str, object], defaults: Mapping[str, object]) -> str:
-    """A short name that distinguishes two runs with different settings, RegDB's trial aside.
+    """A short name for a run: different settings give different names. Run appends RegDB's trial.
 
-    Dataset, P, B, rate and seed; where another setting that is fixed for a run differs from its default, six
-    hex digits of a fingerprint of those that do. The log's first lines spell them out.
+    It consists of dataset, P, B, rate and seed. If other fixed settings differ from their defaults, six hex
+    digits of a hash over these follow; the log's first lines list them.
     """
     name = "{dataset}_p{num_pos}_n{batch_size}_lr{lr}_seed{seed}".format_map(settings)
     others = sorted(defaults.keys() - MAY_CHANGE - set(IN_NAME))
@@ -47,16 +47,24 @@ def run_name(settings: Mapping[str, object], defaults: Mapping[str, object]) -> 
 
 
 class LogFile(logging.FileHandler):
-    """A log file whose full disk ends the run, in one line."""
+    """A log file that ends the run with a UserError when it cannot be written."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Called by logging where writing a record failed; UserError naming the file."""
+        """Raise UserError with the file's name; logging calls this when it could not write a record."""
         error = sys.exc_info()[1]
         raise UserError(f"cannot write {self.baseFilename}: {getattr(error, 'strerror', error)}") from error
 
 
 class Run:
-    """A run's files, which one process writes. name: run_name, or --name; trial: RegDB's, None elsewhere."""
+    """The files of a run. Only one process may write them.
+
+    Args:
+        name: of the run: run_name, or --name.
+        dataset: a key of DATASETS; names the folder of the log.
+        model_path: folder of checkpoints.
+        log_path: folder of logs and TensorBoard events.
+        trial: RegDB's; None for other datasets.
+    """
 
     def __init__(
         self,
@@ -75,12 +83,12 @@ class Run:
         self._handler: logging.Handler | None = None
 
     def refuse_unwritable(self) -> None:
-        """UserError naming a folder that files cannot be written in; leaves nothing behind."""
+        """Raise UserError if one of the run's folders cannot be written; leaves nothing behind."""
         for folder in (self.last.parent, self.log.parent, self.events.parent):
             refuse_unwritable(folder)
 
     def acquire(self) -> None:
-        """Take the run's lock, which ends with this process however it ends; UserError if another has it."""
+        """Lock the run until this process ends; UserError if another process has locked it."""
         try:
             for folder in (self.last.parent, self.log.parent, self.events.parent):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -91,19 +99,19 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write {error.filename}: {error.strerror or error}") from error
         for path in (self.best, self.last):
-            for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed writing
+            for leftover in path.parent.glob(f".{path.name}.*.part"):  # a process was killed while it wrote
                 leftover.unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Give the lock back and close the log."""
+        """Release the lock and close the log."""
         if self._handler is not None:
             log.removeHandler(self._handler)
-            with contextlib.suppress(OSError):  # what a full disk did not take was reported when it came
+            with contextlib.suppress(OSError):  # a full disk was reported when it occurred
                 self._handler.close()
         self._lock.release()
 
     def refuse_to_overwrite(self, epochs: int) -> None:
-        """UserError if the run exists, saying whether it is finished."""
+        """Raise UserError if the run exists; the message says whether it is finished."""
         if self.last.exists():
             done = load_checkpoint(self.last).get("epoch", 0)
             if done >= epochs:
@@ -122,13 +130,22 @@ class Run:
         shutil.rmtree(self.events, ignore_errors=True)
 
     def open_log(self) -> None:
-        """Append the log's lines to the run's file too."""
+        """Write all log messages to the run's log file too."""
         self._handler = LogFile(self.log, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(self._handler)
 
     def save(self, checkpoint: dict, is_best: bool = False, selection: str = "") -> None:
-        """Write `_last.t`; before it, if is_best, `_best.t` with how it was chosen, for testing alone."""
+        """Write `_last.t`, and before it `_best.t` if this epoch is the best so far.
+
+        Args:
+            checkpoint: Training.state().
+            is_best: write `_best.t` too, without what only training needs.
+            selection: how the best epoch is chosen, recorded in `_best.t`.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
         if is_best:
             training = ("loss", "optimizer", "scaler")
             best = {key: value for key, value in checkpoint.items() if key not in training}

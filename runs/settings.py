@@ -1,4 +1,4 @@
-"""A run's settings in three layers: the dataset's, over them its checkpoint's, over them what is typed."""
+"""A run's settings: the dataset's defaults, replaced by the checkpoint's, replaced by the command line's."""
 
 import argparse
 import os
@@ -22,10 +22,10 @@ STATE = {
 
 
 def get_args_parser() -> Parser:
-    """The command line of train.py; defaults that the dataset decides are in dataset_defaults."""
+    """The command line of train.py; defaults that depend on the dataset are in dataset_defaults."""
     parser = Parser(
         prog="train.py",
-        description="Train memory-based contrastive embedding. Defaults stand in brackets.",
+        description="Train memory-based contrastive embedding. Defaults are in brackets.",
         parents=[data_flags(), device_flags()],
     )
     data = next(group for group in parser._action_groups if group.title == "data")
@@ -38,12 +38,12 @@ def get_args_parser() -> Parser:
     )  # fmt: skip
     data.add_argument(
         "--test-identities", type=at_least(1), metavar="N",
-        help="own images without a split: draw, once, the N identities that are tested on",
+        help="own images without a split: draw N test identities, once",
     )  # fmt: skip
     data.add_argument("--trial", type=trial, metavar="N", help="RegDB's split, 1 to 10, or all in turn (1)")
     data.add_argument(
         "--cache", choices=("auto", "device", "host", "disk"), default="auto",
-        help="where the training pixels live; auto: the GPU if they fit in a third of its free memory, "
+        help="where the training images are kept; auto: the GPU if they fit in a third of its free memory, "
         "else memory-mapped from disk (auto)",
     )  # fmt: skip
     network = parser.add_argument_group("network")
@@ -53,14 +53,14 @@ def get_args_parser() -> Parser:
     )
     network.add_argument(
         "--weights", default="imagenet", metavar="imagenet|none|FILE",
-        help="where training starts; FILE: a state dict of torchvision's, or a checkpoint to fine-tune "
+        help="initial weights; FILE: a state dict of torchvision or a checkpoint to fine-tune "
         "(imagenet)",
     )  # fmt: skip
     training = parser.add_argument_group("training")
     add = training.add_argument
     add(
         "--epochs", type=at_least(0), default=160, metavar="N",
-        help="epochs in all; 0: evaluate and save the untrained network (160)",
+        help="number of epochs; 0: evaluate and save the untrained network (160)",
     )  # fmt: skip
     add("--lr", type=positive, default=3.5e-4, metavar="RATE", help="base rate (0.00035)")
     add(
@@ -74,18 +74,18 @@ def get_args_parser() -> Parser:
     )  # fmt: skip
     add(
         "--batch-size", type=at_least(1), default=8, metavar="IDENTITIES",
-        help="identities of a batch, per process (8)",
+        help="identities per batch and process (8)",
     )  # fmt: skip
     add(
         "--num-pos", type=at_least(1), metavar="IMAGES",
-        help="images of an identity and modality in a batch (4, RegDB 5)",
+        help="images per identity and modality in a batch (4, RegDB 5)",
     )  # fmt: skip
     add(
         "--pad", type=at_least(0), default=PAD, metavar="PIXELS",
-        help=f"border that random crops reach into; less for images smaller than the paper's ({PAD})",
+        help=f"border padded before random cropping; less for images smaller than the paper's ({PAD})",
     )  # fmt: skip
-    add("--seed", type=seed_number, default=0, metavar="N", help="of all randomness (0)")
-    add("--deterministic", action="store_true", help="only algorithms that repeat exactly, on a GPU too")
+    add("--seed", type=seed_number, default=0, metavar="N", help="random seed (0)")
+    add("--deterministic", action="store_true", help="use only algorithms that repeat exactly, on a GPU too")
     add("--compile", action="store_true", help="torch.compile the network: a slow start, no gain on a CPU")
     add_method_flags(parser)
     evaluation = parser.add_argument_group("evaluation during training")
@@ -117,7 +117,7 @@ def get_args_parser() -> Parser:
 
 
 def add_method_flags(parser: Parser) -> None:
-    """Add what distinguishes the method from its variants: docs/method.md, sections 5 and 6."""
+    """Add the flags that choose a variant of the method: docs/method.md, sections 5 and 6."""
     add = parser.add_argument_group("method").add_argument
     add(
         "--loss", choices=LOSSES, default="mce",
@@ -125,23 +125,28 @@ def add_method_flags(parser: Parser) -> None:
     )  # fmt: skip
     add(
         "--loss-weights", type=term_weight, nargs="+", metavar="TERM=WEIGHT",
-        help="weights of terms that shall differ: "
+        help="change the weights of some terms; defaults: "
         + ", ".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
         + "; of the baselines: "
         + ", ".join(f"{name}={weight:g}" for name, weight in BASELINE_WEIGHTS.items()),
     )  # fmt: skip
-    add("--temperature", type=positive, default=0.05, help="of the memory's logits (0.05)")
+    add("--temperature", type=positive, default=0.05, help="temperature of the memory's logits (0.05)")
     add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy (0.25)")
     add("--shared-momentum", type=fraction, default=0.1, help="weight of the old shared proxy (0.1)")
     add(
         "--update", choices=("hard", "mean"), default="hard",
-        help="what a shared proxy learns from: the least similar feature of its identity, or the mean (hard)",
+        help="what updates a shared proxy: the least similar feature of its identity, or the mean (hard)",
     )  # fmt: skip
     add(
         "--proxies", choices=PROXIES, default="historical",
         help="what the align term compares with (historical)",
     )  # fmt: skip
-    add("--margin", type=positive, default=MARGIN, help=f"of the terms center and hard triplet ({MARGIN})")
+    add(
+        "--margin",
+        type=positive,
+        default=MARGIN,
+        help=f"margin of the terms center and hard triplet ({MARGIN})",
+    )
     add("--no-aux", action="store_true", help="make no aux images: two modalities, three memories")
 
 
@@ -150,7 +155,8 @@ def term_weight(text: str) -> str:
     name, _, weight = text.partition("=")
     if name not in WEIGHTS | BASELINE_WEIGHTS or not 0 <= float(weight or "nan") < float("inf"):
         raise argparse.ArgumentTypeError(
-            f"{text} is no TERM=WEIGHT: terms are {', '.join(WEIGHTS | BASELINE_WEIGHTS)}, weights at least 0"
+            f"{text} is not TERM=WEIGHT with a weight of at least 0; "
+            f"the terms are {', '.join(WEIGHTS | BASELINE_WEIGHTS)}"
         )
     return text
 
@@ -169,7 +175,7 @@ def loss_weights(args: argparse.Namespace) -> dict[str, float]:
     for name, _, weight in (words.partition("=") for words in args.loss_weights or ()):
         if name not in weights:
             raise UserError(
-                f"--loss-weights: --loss {args.loss} has the terms {', '.join(weights)}, no {name}"
+                f"--loss-weights: --loss {args.loss} has no term {name}, only {', '.join(weights)}"
             )
         weights[name] = float(weight)
     return weights
@@ -178,12 +184,12 @@ def loss_weights(args: argparse.Namespace) -> dict[str, float]:
 def trial(text: str) -> str:
     """An argparse type: "1" to "10", or "all"."""
     if text not in ("all", *map(str, DATASETS["regdb"].trials)):
-        raise argparse.ArgumentTypeError(f"{text} is no trial: RegDB's are 1 to 10, or all")
+        raise argparse.ArgumentTypeError(f"{text} is not a trial of RegDB: 1 to 10, or all")
     return text
 
 
 def dataset_defaults(name: str) -> dict[str, object]:
-    """The flags' defaults that a dataset decides."""
+    """The defaults of the flags that depend on the dataset."""
     facts = DATASETS[name]
     return {
         "img_h": facts.height,
@@ -200,15 +206,15 @@ def parse_args(
     saved: Mapping[str, object] | None = None,
     path: str | os.PathLike | None = None,
 ) -> argparse.Namespace:
-    """The settings of a run: the dataset's, over them those saved in a checkpoint, over them what is typed.
+    """The settings of a run: the dataset's, replaced by a checkpoint's, replaced by the command line's.
 
     Args:
-        argv: the words of the command line, which the result keeps as `command`; None: this process's.
-        saved: settings of the run that is continued, see settings_to_resume.
-        path: the checkpoint that saved comes from, for messages.
+        argv: the words of the command line, kept as `command` in the result; None: sys.argv.
+        saved: settings of the run to resume, see settings_to_resume.
+        path: the checkpoint that holds them, for messages.
 
     Raises:
-        UserError: a wrong flag, or a typed one that contradicts the run that is continued.
+        UserError: a wrong flag, or a flag that contradicts the run to resume.
     """
     argv, saved = list(sys.argv[1:] if argv is None else argv), dict(saved or {})
     parser = get_args_parser()
@@ -222,13 +228,13 @@ def parse_args(
             raise UserError(f"{flag} {typed} contradicts {path}, whose run has {saved[key]}")
     facts = DATASETS[dataset]
     if args.mode not in facts.modes:
-        parser.error(f"argument --mode: {args.mode} is none of {', '.join(facts.modes)}")
+        parser.error(f"argument --mode: {args.mode} is not one of {', '.join(facts.modes)}")
     if args.decay_epochs[0] > args.decay_epochs[1]:
         parser.error(f"argument --decay-epochs: {args.decay_epochs[1]} comes before {args.decay_epochs[0]}")
     if args.trial is not None and dataset != "regdb":
         parser.error(f"argument --trial: {facts.title} has one training split; only RegDB has ten")
     if args.test_identities is not None and dataset != "folder":
-        parser.error(f"argument --test-identities: {facts.title} has a split of its own")
+        parser.error(f"argument --test-identities: {facts.title} already has a split")
     if args.select == "val" and dataset != "sysu":
         parser.error("argument --select: only SYSU-MM01 has val ids")
     loss_weights(args)
@@ -245,9 +251,10 @@ def parse_args(
 
 
 def settings_to_resume(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
-    """The settings of a run that is continued, {dest: value}, as the command line would have read them.
+    """The settings {dest: value} of the run to resume, checked as if they came from a command line.
 
-    Raises UserError naming path for a setting that no command line can give.
+    Raises:
+        UserError: a setting that the command line would refuse; the message names path.
     """
     settings = checkpoint.get("args")
     if not isinstance(settings, dict):
@@ -266,7 +273,7 @@ def settings_to_resume(checkpoint: dict, path: str | os.PathLike) -> dict[str, o
     try:
         checked = vars(parser.parse_args(words))
     except UserError as error:
-        raise UserError(f"{path}: its settings are refused: {error}") from error
+        raise UserError(f"{path}: invalid settings: {error}") from error
     return {key: checked[key] for key in kept}
 
 
@@ -276,11 +283,13 @@ def plain_number(value: object) -> str:
 
 
 def open_run(argv: Sequence[str]) -> tuple[argparse.Namespace, Run, dict | None]:
-    """The settings, files and checkpoint (None at its start) of the run that a command line means.
+    """Find the run of a command line: its settings, its files and its checkpoint (None: start from scratch).
 
-    --resume FILE: the run of that checkpoint, in its folder. --resume auto: the run of these settings, from
-    its last checkpoint if there is one. Raises UserError as parse_args does, and for a checkpoint that cannot
-    be continued.
+    --resume FILE resumes the run of that checkpoint, in its folder. --resume auto resumes the run with these
+    settings, if it has a checkpoint.
+
+    Raises:
+        UserError: see parse_args; or a checkpoint that cannot be resumed.
     """
 
     def run_of(args: argparse.Namespace) -> Run:
@@ -288,7 +297,7 @@ def open_run(argv: Sequence[str]) -> tuple[argparse.Namespace, Run, dict | None]
 
     typed = get_args_parser().parse_args(argv)
     if typed.resume and typed.overwrite:
-        raise UserError("--overwrite would replace the run that --resume continues: give one of them")
+        raise UserError("--resume continues a run, --overwrite replaces it: give only one of them")
     if typed.resume in (None, "auto"):
         args = parse_args(argv)
         path = run_of(args).last
@@ -302,6 +311,6 @@ def open_run(argv: Sequence[str]) -> tuple[argparse.Namespace, Run, dict | None]
     saved = settings_to_resume(checkpoint, path)
     state = checkpoint.keys() >= STATE and isinstance(checkpoint["epoch"], int)
     if not state or not saved.keys() >= {"dataset", "name"}:
-        raise UserError(f"--resume {path} holds no state of training: resume from a run's _last.t")
+        raise UserError(f"--resume {path}: no training state in this file: resume from a run's _last.t")
     args = parse_args(argv, saved | places, path)
     return args, run_of(args), checkpoint

@@ -120,9 +120,13 @@ weight decay that bypasses Adam's moments
 - optimizer=torch.optim.Adam(
 + optimizer=torch.optim.AdamW(
 
+== runs/settings.py, test_train.py
+
 a table learns too slowly
 - add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy (0.25)")
 + add("--momentum", type=fraction, default=0.75, help="weight of a modality's old proxy (0.25)")
+
+== training.py, test_train.py
 
 --proxies is ignored
 - return bank, MCE(bank, weights, args.proxies, args.margin)

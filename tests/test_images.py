@@ -209,7 +209,7 @@ def test_a_range_for_nothing_is_refused(tmp_path):
 
 
 def test_images_of_one_value_give_no_range(tmp_path):
-    with pytest.raises(UserError, match="only one value"):
+    with pytest.raises(UserError, match="a single value"):
         find_pixel_range([save_values(tmp_path / "a.png", np.full((20, 8), 29000, np.uint16))], 1)
 
 

@@ -256,7 +256,9 @@ def test_what_contradicts_the_resumed_run_is_refused(tmp_path):
 
 def test_a_checkpoint_without_the_state_of_training_cannot_be_resumed(tmp_path):
     save_checkpoint({"net": NET, "epoch": 2, "args": {}}, tmp_path / "run_best.t")
-    with pytest.raises(UserError, match=r"run_best\.t holds no state of training: resume from a run's _last"):
+    with pytest.raises(
+        UserError, match=r"run_best\.t: no training state in this file: resume from a run's _last"
+    ):
         open_run(["--resume", str(tmp_path / "run_best.t")])
 
 

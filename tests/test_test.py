@@ -610,7 +610,7 @@ def test_bad_input_is_refused_in_one_line(sysu, regdb, sysu_flags, trials_of_reg
     ]
     for setting, value in (("dataset", "market"), ("amp", True), ("img_h", "tall"), ("trial", "x")):
         foreign = write_tiny(tmp_path / f"{setting}.t", args={setting: value})
-        message = rf"{setting}\.t: its settings are refused: {setting} {value!r}"
+        message = rf"{setting}\.t: invalid settings: {setting} {value!r}"
         refused.append((message, "--resume", foreign, *rest))
     TinyNetwork.embedded = 0
     for message, *words in refused:

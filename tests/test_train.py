@@ -406,7 +406,7 @@ def test_two_processes_train_one_run(sysu, tmp_path):
     assert load_checkpoint(last)["epoch"] == 1
     resumed = run_script("train.py", "--resume", last, "--epochs", "2", cwd=tmp_path)
     assert resumed.returncode == 2
-    assert "its run has 2 process(es), this has 1: start it with torchrun" in resumed.stderr
+    assert "the run has 2 process(es), not 1: start it with torchrun" in resumed.stderr
 
 
 def test_what_ends_one_of_two_processes_ends_both_in_lines(copy, tmp_path):
@@ -428,7 +428,7 @@ def test_one_gpu_for_many_processes_is_refused(train_here, monkeypatch):
     status, _, errors = train_here("--gpu", "0")
     assert status == 2
     assert errors == [
-        "train.py: error: --gpu 0: of several processes each takes the GPU of its own number: leave it out"
+        "train.py: error: --gpu 0: leave it out with torchrun: each process takes the GPU of its local rank"
     ]
 
 
@@ -556,7 +556,7 @@ def test_a_checkpoint_with_impossible_settings_is_refused(trained, train_here, t
         status, _, errors = train_here("--resume", path)
         assert status == 2
         flag = f"--{name.replace('_', '-')}"
-        assert errors[0].startswith(f"train.py: error: {path}: its settings are refused: argument {flag}: ")
+        assert errors[0].startswith(f"train.py: error: {path}: invalid settings: argument {flag}: ")
 
 
 def test_gpus_that_are_not_there(sysu, train_here, tmp_path, monkeypatch):

@@ -127,11 +127,11 @@ def test_a_baseline_builds_no_memory(sysu, train_here, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--loss-weights", "align"], "align is no TERM=WEIGHT"),
-        (["--loss-weights", "align=-1"], "weights at least 0"),
+        (["--loss-weights", "align"], "align is not TERM=WEIGHT"),
+        (["--loss-weights", "align=-1"], "with a weight of at least 0"),
         (["--loss-weights", "alight=1"], "terms are shared, visible, infrared, aux, align, center, identity"),
-        (["--loss-weights", "aux=1", "triplet=1"], "--loss mce has the terms shared, visible"),
-        (["--loss", "hard-triplet", "--loss-weights", "aux=1"], "has the terms identity, triplet, no aux"),
+        (["--loss-weights", "aux=1", "triplet=1"], "--loss mce has no term triplet, only shared, visible"),
+        (["--loss", "hard-triplet", "--loss-weights", "aux=1"], "has no term aux, only identity, triplet"),
         (
             ["--loss", "hard-triplet", "--temperature", "1"],
             "--temperature: --loss hard-triplet has no memory",
