@@ -1,4 +1,4 @@
-"""Checkpoints and weights on disk: read without ever running code, written completely or not at all."""
+"""Read and write checkpoints and weights: never run code, never leave a partly written file."""
 
 import errno
 import hashlib
@@ -13,19 +13,20 @@ from utils import UserError, whole_file
 
 
 def numpy_globals() -> list:
-    """What pickled NumPy numbers and arrays name, under NumPy 1's and 2's module names: data, no code."""
-    found = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
+    """The globals that pickled NumPy numbers and arrays need, under the module names of NumPy 1 and 2."""
+    allowed = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
     for function in (multiarray.scalar, multiarray._reconstruct):
-        found += [
+        allowed += [
             (function, f"numpy.{module}.multiarray.{function.__name__}") for module in ("core", "_core")
         ]
-    return found
+    return allowed
 
 
 def read_torch_file(path: str | os.PathLike) -> object:
-    """What torch.save wrote at path, on the CPU: tensors, NumPy values and plain Python data, never code.
+    """Read a file of torch.save onto the CPU: tensors, NumPy values and plain Python data, never code.
 
-    Raises UserError naming path if there is no file, it would run code (it runs nothing), or it is broken.
+    Raises:
+        UserError: the file does not exist, is broken, or contains code (which is not run).
     """
     path = Path(path)
     if not path.is_file():
@@ -33,13 +34,13 @@ def read_torch_file(path: str | os.PathLike) -> object:
     try:
         with torch.serialization.safe_globals(numpy_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets in a broken file
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that one: a zip file cut short
+    except Exception as error:  # torch.load may raise anything for a broken file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a truncated zip file
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         holds_code = "unsupported global" in str(error).lower()
-        reason = "it is not a complete file of torch.save's"
+        reason = "it is not a complete file of torch.save"
         if holds_code:
-            reason = "it asks to run code, which is never done"
+            reason = "it contains code, which is never run"
         raise UserError(f"{path} is refused: {reason}") from error
 
 
@@ -51,9 +52,9 @@ def is_state_dict(value: object) -> bool:
 
 
 def load_weights(path: str | os.PathLike) -> dict:
-    """A state dict from a file, bare or under `state_dict` or `model`, or a whole checkpoint, with `net`.
+    """Read a state dict, bare or under `state_dict` or `model`; or a complete checkpoint, if it has `net`.
 
-    Raises UserError naming path for anything else.
+    Raises UserError, naming path, for anything else.
     """
     weights = read_torch_file(path)
     if isinstance(weights, dict):
@@ -66,9 +67,9 @@ def load_weights(path: str | os.PathLike) -> dict:
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
-    """A checkpoint, this project's or the released code's: a dict with the network's weights under `net`.
+    """Read a checkpoint of this project or of the released code: a dict with the weights under `net`.
 
-    Raises UserError naming path if it is missing, refused (see read_torch_file) or no checkpoint.
+    Raises UserError, naming path, if it is missing, refused (see read_torch_file) or not a checkpoint.
     """
     checkpoint = read_torch_file(path)
     if not isinstance(checkpoint, dict) or not is_state_dict(checkpoint.get("net")):
@@ -77,7 +78,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
 
 
 def fingerprint(checkpoint: dict) -> str:
-    """Sixteen hexadecimal digits that tell a checkpoint's network from others: a sha256 of its weights."""
+    """Sixteen hexadecimal digits that identify a checkpoint's network: a sha256 of its weights."""
     digest = hashlib.sha256()
     for key, value in sorted(checkpoint["net"].items()):
         value = value.detach().cpu().contiguous()
@@ -87,13 +88,15 @@ def fingerprint(checkpoint: dict) -> str:
 
 
 def save_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
-    """Write a checkpoint; path keeps its former content until the new file is completely on disk."""
+    """Write a checkpoint; path keeps its old content until the new file is complete."""
     with whole_file(path) as temporary:
         try:
             torch.save(checkpoint, temporary)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # torch's zip writer reports a full disk so, not as an OSError
+        except RuntimeError as error:  # torch's zip writer does not raise OSError on a full disk
             if "CUDA" in str(error):
                 raise
-            raise OSError(errno.ENOSPC, "torch could not write all of it: is the disk full?") from error
+            raise OSError(
+                errno.ENOSPC, "torch could not write the complete file: is the disk full?"
+            ) from error

@@ -1,6 +1,6 @@
-"""What the datasets are: layouts, splits, queries, galleries and trials; paths and ids, no pixels.
+"""The datasets: layouts, splits, queries, galleries and trials. Paths and ids only, no pixels.
 
-The layouts and protocols are those of docs/method.md, section 8; own images are in storage/own_data.py.
+docs/method.md, section 8, defines layouts and protocols; storage/own_data.py reads own images.
 """
 
 import functools
@@ -27,20 +27,20 @@ from storage.lists import (
 )
 from utils import UserError, log
 
-CAPTURED = ("visible", "infrared")  # by cameras; aux images are made of visible ones
+CAPTURED = ("visible", "infrared")  # by cameras; aux images are made from visible ones
 BOTH_WAYS = {"visible-to-infrared": "visible", "infrared-to-visible": "infrared"}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The facts of a dataset that training and evaluation take as their defaults (docs/method.md)."""
+    """The facts of a dataset; training and evaluation use them as defaults (docs/method.md)."""
 
     title: str
     height: int  # pixels
     width: int  # pixels
     num_pos: int  # P, images per identity and modality in a batch
-    recipe: str  # whose augmentation: "sysu" or "regdb"
-    decay_epochs: tuple[int, int]  # the rate falls tenfold after the first, and again from the second on
+    recipe: str  # of augmentation: "sysu" or "regdb"
+    decay_epochs: tuple[int, int]  # the rate falls tenfold after the first and again at the second
     trials: range
     query_modality: dict[str, str]  # mode -> the modality of its queries; the gallery is of the other
     index_folder: str  # holds the files that list the splits
@@ -70,7 +70,7 @@ DATASETS = {
     "folder": Dataset("own images", 288, 144, 5, "regdb", (30, 60), range(1), BOTH_WAYS, ""),
 }  # fmt: skip
 
-# Images in folders camN/PID of these: modality -> camid -> folder. All of SYSU-MM01, LLCM's test split.
+# modality -> camid -> folder with images in camN/PID: all of SYSU-MM01, and LLCM's test split.
 _CAMERA_FOLDERS = {
     "sysu": {
         "visible": {camid: f"cam{camid}" for camid in (1, 2, 4, 5)},
@@ -82,7 +82,7 @@ _CAMERA_FOLDERS = {
     },
 }
 _SYSU_GALLERY_CAMERAS = {"all": (1, 2, 4, 5), "indoor": (1, 2)}
-# Images that index files list, with the files' words for a modality: RegDB, LLCM's training split.
+# modality -> its name in index files, which list the images of RegDB and of LLCM's training split.
 _INDEX_WORDS = {
     "regdb": {"visible": "visible", "infrared": "thermal"},
     "llcm": {"visible": "vis", "infrared": "nir"},
@@ -92,7 +92,7 @@ _REGDB_CAMIDS = {"visible": 1, "infrared": 2}
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """N images of one modality: where they are and who is in them."""
+    """N images of one modality, with their identities and cameras."""
 
     paths: list[str]  # N
     pids: np.ndarray  # (N,) int64, as the dataset writes them
@@ -104,13 +104,13 @@ class Samples:
 
 
 def dataset_root(name: str, data_path: str | os.PathLike | None = None) -> Path:
-    """The folder of a dataset: data_path, or data/<name>; UserError if it does not hold the dataset."""
+    """The folder of a dataset: data_path, or data/<name>; UserError if the dataset is not there."""
     dataset = DATASETS[_choose("--dataset", name, tuple(DATASETS))]
     root = Path(data_path or Path("data", name))
     if not (root / dataset.index_folder).is_dir():
         raise UserError(
-            f"{root}: no {dataset.title} here: looked for the folder {root / dataset.index_folder} "
-            "(--data-path says where the dataset is; `python demo.py` needs no dataset)"
+            f"{root}: {dataset.title} not found: there is no folder {root / dataset.index_folder} "
+            "(set --data-path; `python demo.py` needs no dataset)"
         )
     return root
 
@@ -118,15 +118,22 @@ def dataset_root(name: str, data_path: str | os.PathLike | None = None) -> Path:
 def train_samples(
     name: str, root: str | os.PathLike, trial: int | None = None, split: str = "trainval"
 ) -> dict[str, Samples]:
-    """The training images: {"visible": Samples, "infrared": Samples}, of the same pids.
+    """The training images {"visible": Samples, "infrared": Samples}. Both have the same pids.
 
-    split: "trainval", or, for SYSU-MM01, "train": the 296 ids alone. trial: RegDB's split, 1..10.
-    SYSU-MM01 comes in the order id, camera, file name; RegDB and LLCM in that of their index files, with the
-    labels written there as pids; own images as own_data.read_split has them. An id of SYSU-MM01 or of own
-    images in one modality only is left out with a warning. camids: RegDB 1 visible, 2 infrared; LLCM by the
-    file name's _cNN_, else 0.
-    UserError: a missing or malformed index file, an image file that does not exist, an id without images, an
-    id of RegDB or LLCM in one modality only, images or ids that are in the test split too.
+    SYSU-MM01's are sorted by id, camera and file name. RegDB's and LLCM's have the order of the index files,
+    whose labels are the pids. Own images are as own_data.read_split returns them. Ids of SYSU-MM01 and of own
+    images that are in only one modality are left out with a warning. camids: RegDB 1 visible, 2 infrared;
+    LLCM the NN of _cNN_ in the file name, else 0.
+
+    Args:
+        name: a key of DATASETS.
+        root: the dataset's folder.
+        trial: RegDB's split, 1..10; None: the first.
+        split: "trainval", or, for SYSU-MM01, "train" (the 296 train ids without the val ids).
+
+    Raises:
+        UserError: a missing or malformed index file, a missing image file, an id without images, an id of
+            RegDB or LLCM in only one modality, or images or ids that are also in the test split.
     """
     dataset = DATASETS[_choose("--dataset", name, tuple(DATASETS))]
     trial = _choose("--trial", trial, dataset.trials)
@@ -136,31 +143,38 @@ def train_samples(
         return read_split(name, root, "train", trial)
 
     cells = _folder_split(name, root, split)
-    pids = {modality: {pid for pid, _ in part} for modality, part in cells.items()}
-    lonely = pids["visible"] ^ pids["infrared"]
-    if lonely and all(pids.values()):  # a modality without any image is refused, by its name, below
-        log.warning("%s: left out of training, in one modality only: id %s", root, listed(lonely))
+    pids = {modality: {pid for pid, _ in cells[modality]} for modality in cells}
+    unpaired = pids["visible"] ^ pids["infrared"]
+    if unpaired and all(pids.values()):  # _samples refuses a modality without any image
+        log.warning("%s: left out of training, because in only one modality: id %s", root, listed(unpaired))
         cells = {
-            modality: {key: paths for key, paths in part.items() if key[0] not in lonely}
-            for modality, part in cells.items()
+            modality: {key: paths for key, paths in cells[modality].items() if key[0] not in unpaired}
+            for modality in cells
         }
-    return {modality: _samples(part, modality, root, split) for modality, part in cells.items()}
+    return {modality: _samples(cells[modality], modality, root, split) for modality in cells}
 
 
 def class_labels(samples: dict[str, Samples]) -> dict[str, np.ndarray]:
     """Labels 0..C-1 of training images, identities sorted by pid: {modality: (N,) int64}."""
-    pids = np.unique(np.concatenate([part.pids for part in samples.values()]))
-    return {modality: np.searchsorted(pids, part.pids).astype(np.int64) for modality, part in samples.items()}
+    pids = np.unique(np.concatenate([images.pids for images in samples.values()]))
+    return {m: np.searchsorted(pids, images.pids).astype(np.int64) for m, images in samples.items()}
 
 
 def query_samples(
     name: str, root: str | os.PathLike, mode: str | None = None, trial: int | None = None, split: str = "test"
 ) -> Samples:
-    """The query images of a mode (default: the first) in the order id, camera, file name.
+    """The query images, sorted by id, camera and file name; RegDB's in the order of the index file.
 
-    RegDB: those of the trial's index file, in its order. split: "test", or, for SYSU-MM01, "val".
-    UserError: an unknown mode, trial or split, a missing or malformed index file, an image file that does not
-    exist, an id without images, images or ids that are in the training split too.
+    Args:
+        name: a key of DATASETS.
+        root: the dataset's folder.
+        mode: one of the dataset's modes; None: the first.
+        trial: RegDB's split, 1..10; None: the first.
+        split: "test", or, for SYSU-MM01, "val".
+
+    Raises:
+        UserError: an unknown mode, trial or split, a missing or malformed index file, a missing image file,
+            an id without images, or images or ids that are also in the training split.
     """
     dataset, mode, trial = _protocol(name, mode, trial, split)
     modality = dataset.query_modality[mode]
@@ -182,14 +196,24 @@ def gallery_samples(
     split: str = "test",
     allow_short: bool = False,
 ) -> Samples:
-    """The gallery of a mode and trial (default: the first ones) in the order id, camera, then as drawn.
+    """The gallery of a mode and trial, sorted by id and camera, then as drawn.
 
-    SYSU-MM01: shot images of each (id, camera) of the mode: drawn by random.Random(trial) ("seeded"), or, for
-    the test split, the first of the authors' exp/rand_perm_cam.mat ("published"). LLCM: one seeded image of
-    each (id, camera). RegDB: every image of the trial's index file; own images: every test image.
-    allow_short: where an (id, camera) has fewer than shot images, take all of them.
-    UserError: as query_samples; too few images without allow_short; a rand_perm_cam.mat that is missing,
-    unreadable, of another shape, or orders other images than the dataset has.
+    SYSU-MM01: shot images per (id, camera) of the mode. LLCM: one image per (id, camera), drawn. RegDB: every
+    image of the trial's index file. Own images: every test image.
+
+    Args:
+        name: a key of DATASETS.
+        root: the dataset's folder.
+        mode, trial: of the dataset; None: the first one.
+        shot: images per (id, camera); only SYSU-MM01 has more than 1.
+        galleries: "seeded": drawn by random.Random(trial); "published", for SYSU-MM01's test split: the first
+            images in the authors' exp/rand_perm_cam.mat.
+        split: "test", or, for SYSU-MM01, "val".
+        allow_short: take all images where an (id, camera) has fewer than shot.
+
+    Raises:
+        UserError: see query_samples; or too few images without allow_short; or a rand_perm_cam.mat that is
+            missing, malformed or made for other images.
     """
     dataset, mode, trial = _protocol(name, mode, trial, split)
     _choose("--galleries", galleries, ("seeded", "published") if name == "sysu" else ("seeded",))
@@ -206,14 +230,14 @@ def gallery_samples(
         cells = {key: paths for key, paths in cells.items() if key[1] in _SYSU_GALLERY_CAMERAS[mode]}
     if galleries == "published":
         if split != "test":
-            raise UserError(f"--galleries published: published for the test ids, not for {split}")
+            raise UserError(f"--galleries published: only the test ids have published galleries, not {split}")
         cells = published_order(root, cells, _SYSU_GALLERY_CAMERAS[mode], trial)
     short = [key for key, paths in cells.items() if len(paths) < shot and not allow_short]
     if short:
-        those = ", ".join(f"id {pid} camera {camid} ({len(cells[pid, camid])})" for pid, camid in short)
-        raise UserError(f"{root}: too few images for --shot {shot}, unless with --allow-short: {those}")
+        counts = ", ".join(f"id {pid} camera {camid} ({len(cells[pid, camid])})" for pid, camid in short)
+        raise UserError(f"{root}: too few images for --shot {shot} (--allow-short accepts them): {counts}")
     rng = random.Random(trial)
-    drawn = {  # a sample of one takes from the generator what choice, the protocol's word, takes
+    drawn = {  # with one image, sample() draws the same as the protocol's choice()
         key: paths[:shot] if galleries == "published" else rng.sample(paths, min(shot, len(paths)))
         for key, paths in cells.items()
     }
@@ -224,7 +248,7 @@ def gallery_samples(
 
 
 def _choose(flag: str, value: object, valid: Sequence) -> object:
-    """value, or the first of valid for None; UserError if it is none of them."""
+    """value, or the first valid one if it is None; UserError if it is not valid."""
     if value is None:
         return valid[0]
     if value not in valid:
@@ -243,8 +267,8 @@ def _protocol(name, mode, trial, split) -> tuple[Dataset, str, int]:
 
 def _id_files(name: str, root: str | os.PathLike, split: str) -> list[Path]:
     """The files that list the ids of a split of SYSU-MM01, or of LLCM's test split."""
-    parts = ("train", "val") if split == "trainval" else (split,)
-    return [Path(root, DATASETS[name].index_folder, f"{part}_id.txt") for part in parts]
+    prefixes = ("train", "val") if split == "trainval" else (split,)
+    return [Path(root, DATASETS[name].index_folder, f"{prefix}_id.txt") for prefix in prefixes]
 
 
 @functools.cache
@@ -255,19 +279,19 @@ def _warn_once(message: str) -> None:
 def _folder_split(
     name: str, root: str | os.PathLike, split: str, problems: list[str] | None = None
 ) -> dict[str, Cells]:
-    """{modality: cells} of a split of SYSU-MM01, or LLCM's test split, in the order id, camera, file name."""
+    """{modality: cells} of a split of SYSU-MM01 or of LLCM's test split, sorted by id, camera, file name."""
     pids = sorted({pid for file in _id_files(name, root, split) for pid in read_ids(file)})
     if others := unknown_cameras(name, root):
         _warn_once(f"{root}: not read, because {DATASETS[name].title} has no such camera: {listed(others)}")
     cells = {}
     for modality, folders in _CAMERA_FOLDERS[name].items():
-        found = {
+        images = {
             (pid, camid): image_paths(os.path.join(root, folder, f"{pid:04d}"), problems)
             for pid in pids
             for camid, folder in folders.items()
         }
-        cells[modality] = {key: paths for key, paths in found.items() if paths}
-    empty = set(pids) - {pid for part in cells.values() for pid, _ in part}
+        cells[modality] = {key: paths for key, paths in images.items() if paths}
+    empty = set(pids) - {pid for keys in cells.values() for pid, _ in keys}
     if empty:
         refuse(f"{root}: no images of the {split} split's id {listed(empty)}", problems)
     return cells
@@ -296,7 +320,7 @@ def _index_samples(
     trial: int,
     problems: list[str] | None = None,
 ) -> Samples:
-    """The images of an index file, in its order: lines of a relative path, white space and a label."""
+    """The images of an index file, in its order; each line is a relative path, white space and a label."""
     labels = index_labels(_index_file(name, root, split, modality, trial), root, problems)
     if name == "regdb":
         camids = [_REGDB_CAMIDS[modality]] * len(labels)
@@ -318,10 +342,10 @@ def _index_split(
     samples = {
         modality: _index_samples(name, root, split, modality, trial, problems) for modality in CAPTURED
     }
-    lonely = set(samples["visible"].pids.tolist()) ^ set(samples["infrared"].pids.tolist())
-    if lonely:
+    unpaired = set(samples["visible"].pids.tolist()) ^ set(samples["infrared"].pids.tolist())
+    if unpaired:
         of_trial = f" {trial}" if name == "regdb" else ""
-        refuse(f"{root}: {split} split{of_trial}, in one modality only: id {listed(lonely)}", problems)
+        refuse(f"{root}: {split} split{of_trial}, in only one modality: id {listed(unpaired)}", problems)
     return samples
 
 
@@ -342,45 +366,58 @@ def read_split(
     trial: int | None = None,
     problems: list[str] | None = None,
 ) -> dict[str, Samples]:
-    """Every image of a split, {modality: Samples}: "train" or "test", or SYSU-MM01's "val".
+    """Every image of a split, {modality: Samples}, without modalities that have no images.
 
-    A modality without images is left out. Problems are appended to problems, if that is given, not raised.
+    Args:
+        name: a key of DATASETS.
+        root: the dataset's folder.
+        split: "train" or "test", or, for SYSU-MM01, "val".
+        trial: RegDB's split, 1..10.
+        problems: a list that collects problems, instead of raising UserError.
+
+    Raises:
+        UserError: see train_samples and query_samples.
     """
     if name == "folder":
         return _own_samples(root, split)
     if name == "regdb" or (name, split) == ("llcm", "train"):
         return _index_split(name, root, split, trial, problems)
     cells = _folder_split(name, root, split, problems)
-    return {modality: _samples(part, modality, root, split) for modality, part in cells.items() if part}
+    return {m: _samples(cells[m], m, root, split) for m in cells if cells[m]}
 
 
 def unknown_cameras(name: str, root: str | os.PathLike) -> list[str]:
-    """Folders below root that are named like a camera's, such as cam7, and that the layout does not have."""
+    """Folders below root that are named like a camera, such as cam7, but are not part of the layout."""
     known = {folder for cameras in _CAMERA_FOLDERS.get(name, {}).values() for folder in cameras.values()}
     parents = {os.path.dirname(folder) for folder in known}
-    found = {
+    existing = {
         os.path.join(parent, folder.name)
         for parent in parents
         for folder in Path(root, parent).glob("cam[0-9]*")
         if folder.is_dir() and any(folder.iterdir())
     }
-    return sorted(found - known)
+    return sorted(existing - known)
 
 
 def refuse_shared(name: str, root: str | os.PathLike, trial: int | None = None, split: str = "test") -> None:
-    """UserError if a split that is tested on shares images or identities with the one that is trained on.
+    """Raise UserError if test and training split share images or identities.
 
-    split: "test", or, for SYSU-MM01, "val", whose ids are then not trained on. Compared are what the files
-    of the splits list; a file that does not exist is not compared. RegDB's labels count from 0 in each
-    file: its identities are the folders, unless a folder holds several labels. An LLCM training image's id
-    is its folder's number. Own images are compared whenever they are read.
+    It compares the files that list the splits, if they exist. RegDB's labels start at 0 in each file, so its
+    identities are the folders, unless a folder has several labels. An LLCM training image's id is the number
+    of its folder. Own images are compared whenever they are read.
+
+    Args:
+        name: a key of DATASETS.
+        root: the dataset's folder.
+        trial: RegDB's split, 1..10; None: the first.
+        split: "test", or, for SYSU-MM01, "val" (compared with the train ids).
     """
     if name == "folder":
         return
     if name == "regdb":
         trial = _choose("--trial", trial, DATASETS[name].trials)
         for modality in CAPTURED:
-            files = [_index_file(name, root, part, modality, trial) for part in ("train", "test")]
+            files = [_index_file(name, root, kind, modality, trial) for kind in ("train", "test")]
             if all(file.is_file() for file in files):
                 trained, tested = ({path: label for _, path, label in read_index(file)} for file in files)
                 _refuse_both(*files, "image", trained.keys() & tested.keys())
@@ -403,12 +440,12 @@ def refuse_shared(name: str, root: str | os.PathLike, trial: int | None = None, 
 def _refuse_both(trained: Path, tested: Path, kind: str, shared: set) -> None:
     if shared:
         raise UserError(
-            f"{tested}: also in {trained.name}, and so trained on and tested on: {kind} {listed(shared, 10)}"
+            f"{tested}: also in {trained.name}, so trained on and tested on: {kind} {listed(shared, 10)}"
         )
 
 
 def _identity_folders(labels: dict[str, str]) -> set[str]:
-    """The folders of {path: label}; none if one of them holds several labels, and so is no identity's."""
+    """The folders of {path: label}; none if a folder has several labels, so is not a single identity."""
     pairs = {(os.path.dirname(path), label) for path, label in labels.items()}
     folders = {folder for folder, _ in pairs}
     return folders if len(folders) == len(pairs) else set()

@@ -14,10 +14,10 @@ from utils import UserError, log
 
 
 def select_device(gpu: int | None) -> torch.device:
-    """Make the GPU that --gpu names the current one and return it; the CPU for -1 and where there is no GPU.
+    """Return the device that --gpu names, and make a GPU the current one; the CPU for -1 or without a GPU.
 
-    None: the first GPU, or of several processes each one's own. A line of the log says that the CPU is taken.
-    Raises UserError for an index that this machine does not have.
+    None means the first GPU or, with torchrun, the GPU of the local rank. The log says when the CPU is used.
+    Raises UserError for a GPU that this machine does not have.
     """
     count = torch.cuda.device_count()
     if gpu is None:
@@ -32,13 +32,13 @@ def select_device(gpu: int | None) -> torch.device:
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The precision that --amp means on device, None for float32; sets the process's TF32 switches by it.
+    """Return the precision that --amp means on device, None for float32. Also sets torch's TF32 switches.
 
-    `auto` is the fastest that the device multiplies natively. `off` is float32 throughout: on GPUs without
-    TF32, which cuDNN would use for convolutions.
+    `auto` is the fastest precision that the device supports natively. `off` is float32 everywhere: it also
+    turns off TF32, which cuDNN would use for convolutions.
     """
     torch.backends.cudnn.allow_tf32 = amp != "off"
-    torch.backends.cuda.matmul.allow_tf32 = False  # the losses', the memory's and the metrics' products
+    torch.backends.cuda.matmul.allow_tf32 = False  # for the products of losses, memory and metrics
     if amp == "auto":
         if device.type == "cuda":
             if torch.cuda.get_device_capability(device) >= (8, 0):
@@ -46,27 +46,26 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
             return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else None
         return torch.bfloat16 if cpu_has_bfloat16() else None
     if amp == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16 needs a GPU; on the CPU it is auto, bf16 or off")
+        raise UserError("--amp fp16 needs a GPU; on the CPU use auto, bf16 or off")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX), as Linux tells."""
+    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX); only Linux reports it."""
     try:
         return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
     except OSError:
         return False
 
 
-PATIENCE = datetime.timedelta(
-    hours=4
-)  # of processes that wait while the first one decodes a dataset's images
+# Processes wait this long at a barrier, since process 0 may have to decode a dataset's images.
+PATIENCE = datetime.timedelta(hours=4)
 
 
 class Processes:
-    """This process among those that torchrun started: rank, world_size and the collectives of a run.
+    """The processes that torchrun started: this one's rank, world_size, and collective operations.
 
-    Alone (world_size 1) every collective returns what it was given, so that callers have one path.
+    With one process every collective returns its argument, so that callers need no second path.
     """
 
     def __init__(self):
@@ -83,24 +82,24 @@ class Processes:
         if self.world_size > 1 and not torch.distributed.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
-            # NCCL gives up after ten minutes, and its barrier waits for the GPU: barriers are the host's.
+            # NCCL gives up after ten minutes, and its barrier waits for the GPU, so barriers use gloo.
             self.host = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def stop(self) -> None:
-        """Leave the other processes, when all are done: after an error this would wait for them."""
+        """Leave the process group at the end of a run; after an error this would wait for the others."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            if self.rank == 0:  # it holds the store through which the others leave:
-                time.sleep(0.5)  # torch 2.6's gloo hung about once in ten times when it left first
+            if self.rank == 0:  # It hosts the store that the others need to leave:
+                time.sleep(0.5)  # with torch 2.6's gloo, about one in ten runs hung if it left first.
             torch.distributed.destroy_process_group()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of every process's tensor, in place."""
+        """Sum the tensors of all processes, in place."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Every process's tensor (n, ...), one after the other by rank: (world_size * n, ...)."""
+        """Concatenate the tensors (n, ...) of all processes, in order of rank: (world_size * n, ...)."""
         if self.world_size == 1:
             return tensor
         gathered = tensor.new_empty(self.world_size, *tensor.shape)
@@ -108,13 +107,13 @@ class Processes:
         return gathered.flatten(0, 1)
 
     def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give every process the first one's tensors, in place."""
+        """Copy the tensors of process 0 to all processes, in place."""
         if self.world_size > 1:
             for tensor in tensors:
                 torch.distributed.broadcast(tensor, 0)
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         if self.world_size > 1:
             torch.distributed.barrier(self.host)
 
@@ -122,7 +121,7 @@ class Processes:
 def seed_globally(seed: int, deterministic: bool = False) -> None:
     """Seed the generators of Python, NumPy and torch in this process.
 
-    deterministic: torch uses only algorithms whose results do not vary between runs.
+    deterministic: torch uses only algorithms whose results are the same in every run.
     """
     random.seed(seed)
     np.random.seed(seed)
@@ -130,17 +129,17 @@ def seed_globally(seed: int, deterministic: bool = False) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # none is read
+        torch.utils.deterministic.fill_uninitialized_memory = False  # not needed: none is read
     torch.backends.cudnn.benchmark = not deterministic
 
 
-# Arrays from anywhere: what the metrics and re-ranking take
+# NumPy arrays or tensors: the arguments of metrics and re-ranking
 
 Array = np.ndarray | torch.Tensor
 
 
 def as_tensor(values: Array) -> torch.Tensor:
-    """Return a tensor with values' content, sharing its memory where that can be written to."""
+    """Return values as a tensor, which shares their memory unless it is read-only."""
     if isinstance(values, torch.Tensor):
         return values.detach()
     return torch.from_numpy(np.require(values, requirements="CW"))  # torch warns of read-only arrays

@@ -1,7 +1,7 @@
 """The memory bank: class proxies that the contrastive loss compares features with (Cheng et al., AAAI 2023).
 
-The bank is derived state: rebuilt from features at the start of every epoch, changed by visible calls only,
-never part of the model. It lives on the device that it is made on, and no method waits for that device.
+The bank is not part of the model or of a checkpoint: it is rebuilt from features at the start of every epoch.
+Only `reset` and `update` change it. No method waits for the GPU.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,18 @@ from utils import MODALITIES
 
 
 class ClusterMemory:
-    """One table of class proxies (C, D), float32, with the copy that an epoch began with.
+    """One table of class proxies (C, D) float32, and a copy from the start of the epoch.
 
-    proxies: up to date, changed by `update`. centers: historical, changed by `reset` alone.
+    The attribute `proxies` is up to date: `update` changes it. The attribute `centers` is historical: only
+    `reset` changes it.
+
+    Args:
+        num_classes: C.
+        dim: D.
+        temperature: divides the logits.
+        momentum: weight of the old proxy in an update.
+        hard: update with the least similar feature of a class, not with the mean.
+        device: of the tables.
     """
 
     def __init__(
@@ -33,14 +42,14 @@ class ClusterMemory:
 
     @torch.no_grad()
     def reset(self, centers: torch.Tensor) -> None:
-        """Begin an epoch: both tables become centers (C, D), as they are (not normalised here)."""
+        """Start an epoch: set both tables to centers (C, D), without normalising them."""
         if centers.shape != self.proxies.shape:
             raise ValueError(f"centers are {tuple(centers.shape)}, the memory {tuple(self.proxies.shape)}")
         self.centers = centers.detach().to(self.proxies).clone()
         self.proxies = self.centers.clone()
 
     def logits(self, features: torch.Tensor, historical: bool = False) -> torch.Tensor:
-        """Similarity of features (n, D) to every class over the temperature: (n, C) float32."""
+        """Similarity of features (n, D) to every class, divided by the temperature: (n, C) float32."""
         table = self.centers if historical else self.proxies
         with torch.autocast(table.device.type, enabled=False):
             return features.float() @ table.T / self.temperature
@@ -49,9 +58,12 @@ class ClusterMemory:
     def update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
         """Move the proxy of each identity in the batch towards its features: docs/method.md, section 5.
 
-        features: (n, D) unit norm; labels: (n,) int64 in 0..C-1. For each identity y,
-        proxies[y] = normalise(m proxies[y] + (1 - m) q), where q is the mean of y's features, or (hard) the
-        feature of y that is the least similar to proxies[y].
+        For each identity y, proxies[y] = normalise(m proxies[y] + (1 - m) q), where q is the mean of y's
+        features, or (hard) the feature of y that is least similar to proxies[y].
+
+        Args:
+            features: (n, D), unit norm.
+            labels: (n,) int64, 0..C-1.
         """
         features = features.detach().float()
         same = labels[:, None] == labels[None, :]  # (n, n)
@@ -64,8 +76,8 @@ class ClusterMemory:
             else:
                 towards = same.float() @ features / same.sum(1, keepdim=True)
         moved = F.normalize(towards.lerp_(proxies, self.momentum))
-        # Rows of one identity all write the same class: give them the very same values, those of its first
-        # row, so that the result does not depend on which write comes last.
+        # All rows of an identity write to the same proxy. So that the order of writes does not matter, they
+        # all write the values of the identity's first row.
         first = same.int().argmax(1)
         self.proxies.index_copy_(0, labels, moved.index_select(0, first))
 
@@ -73,7 +85,11 @@ class ClusterMemory:
 class MemoryBank:
     """The four tables of the method: `shared` (modality-agnostic, hard) and one for each modality (mean).
 
-    shared_hard: False updates `shared` with means too.
+    Args:
+        num_classes, dim, temperature, device: see ClusterMemory.
+        shared_momentum: weight of the old proxy in `shared`.
+        momentum: weight of the old proxy in the other tables.
+        shared_hard: False updates `shared` with means too.
     """
 
     def __init__(
@@ -94,11 +110,11 @@ class MemoryBank:
 
     @torch.no_grad()
     def reset(self, class_means: Mapping[str, torch.Tensor]) -> None:
-        """Begin an epoch from the mean feature of every class in each modality, {modality: (C, D)}.
+        """Start an epoch from the mean feature of every class in each modality, {modality: (C, D)}.
 
-        Each modality's table is its means, L2-normalised; `shared` is the mean of those tables and is not
-        normalised again (a quirk of the released code, kept for parity). A modality may be missing, as aux is
-        in training without it: its table stays as it was.
+        A modality's table becomes its L2-normalised means. `shared` becomes the mean of these tables and is
+        not normalised again (a quirk of the released code, kept for parity). The table of a modality that is
+        missing (aux with --no-aux) does not change.
         """
         centers = {modality: F.normalize(means.float()) for modality, means in class_means.items()}
         for modality, table in centers.items():
@@ -106,9 +122,9 @@ class MemoryBank:
         self.shared.reset(sum(centers.values()) / len(centers))
 
     def update(self, features: Mapping[str, torch.Tensor], labels: torch.Tensor) -> None:
-        """Update the tables with a step's unit features {modality: (n, D)}; labels (n,) serve each."""
+        """Update the tables with a step's unit features {modality: (n, D)}, all with the same labels (n,)."""
         modalities = [modality for modality in MODALITIES if modality in features]
         for modality in modalities:
             getattr(self, modality).update(features[modality], labels)
-        everything = torch.cat([features[modality] for modality in modalities])
-        self.shared.update(everything, labels.repeat(len(modalities)))
+        all_features = torch.cat([features[modality] for modality in modalities])
+        self.shared.update(all_features, labels.repeat(len(modalities)))

@@ -19,16 +19,16 @@ from utils import UserError
 
 ARCHS = ("resnet50", "resnet18")
 STEMS = ("two-stream", "shared")
-NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # behind the last so many residual blocks of a layer
+NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after how many of a layer's last residual blocks
 
 
 class NonLocal(nn.Module):
     """Non-local block with one inner channel: BN(expand(theta (phi . g) / HW)) + x.
 
-    With one channel the (HW, HW) affinity has rank one, so the block takes time linear in HW. And each
-    channel that expand makes is one map y times a weight: BN's statistics follow from y's, and expand and BN
-    together are one 1x1 convolution of y, which saves passes over (N, K, H, W) and float32's rounding in
-    subtracting the means of nearly constant maps. Parameters, buffers and gradients are the plain form's.
+    With one channel the (HW, HW) affinity has rank one, so the block takes time linear in HW. Every output
+    channel of expand is the same map y times a weight, so BN's statistics follow from those of y, and expand
+    and BN together are one 1x1 convolution of y. This saves passes over (N, K, H, W), and rounding errors in
+    subtracting the means of nearly constant maps. Parameters, buffers and gradients equal the plain form's.
     """
 
     def __init__(self, channels: int):
@@ -36,7 +36,7 @@ class NonLocal(nn.Module):
         self.theta_phi_g = nn.Conv2d(channels, 3, 1)
         self.expand = nn.Conv2d(1, channels, 1)
         self.bn = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.bn.weight)  # the block begins as the identity
+        nn.init.zeros_(self.bn.weight)  # so that the block starts as the identity
         nn.init.zeros_(self.bn.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class NonLocal(nn.Module):
         return x + F.conv2d(y, *self.expand_and_normalise(y))
 
     def expand_and_normalise(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weight (K, 1, 1, 1) and bias (K,) of bn(expand(.)), with the statistics of y (N, 1, H, W)."""
+        """Weight (K, 1, 1, 1) and bias (K,) of bn(expand(y)) as one convolution of y (N, 1, H, W)."""
         bn, weight, bias = self.bn, self.expand.weight, self.expand.bias
         mean, var = bn.running_mean, bn.running_var
         with torch.autocast(y.device.type, enabled=False):
@@ -72,14 +72,14 @@ class GeM(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, K, H, W) -> (N, K) float32."""
-        # As exponentials of logarithms: pow, and above all its gradient, takes about twice the time.
-        with torch.autocast(x.device.type, enabled=False):  # a power of bfloat16 loses what pooling averages
+        # Exponentials of logarithms take about half the time of pow and its gradient.
+        with torch.autocast(x.device.type, enabled=False):  # powers in bfloat16 are too inexact
             powers = self.p * x.float().clamp(min=1e-6).log()
             return ((powers.logsumexp((2, 3)) - math.log(x[0, 0].numel())) / self.p).exp()
 
 
 def stem_of(resnet: nn.Module) -> nn.Sequential:
-    """A stem of its own with resnet's first convolution and batch norm, weights copied."""
+    """A new stem with copies of resnet's first convolution and batch norm."""
     stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
     stem[0].load_state_dict(resnet.conv1.state_dict())
     stem[1].load_state_dict(resnet.bn1.state_dict())
@@ -87,25 +87,25 @@ def stem_of(resnet: nn.Module) -> nn.Sequential:
 
 
 def imagenet_weights(arch: str) -> dict[str, torch.Tensor]:
-    """torchvision's IMAGENET1K_V1 weights of arch; UserError where they cannot be downloaded."""
+    """torchvision's IMAGENET1K_V1 weights of arch; UserError if they cannot be downloaded."""
     try:
         return torchvision.models.get_model_weights(arch).IMAGENET1K_V1.get_state_dict(progress=True)
     except (URLError, OSError, RuntimeError) as error:
         raise UserError(
             f"--weights imagenet: torchvision could not download the weights of {arch} ({error}); "
-            "without a network, give --weights FILE (a state dict of torchvision's) or --weights none"
+            "without internet access, use --weights FILE (a state dict of torchvision) or --weights none"
         ) from error
 
 
 class TwoStreamResNet(nn.Module):
-    """Images of either modality to BNNeck outputs; L2-normalised, these are *the* features.
+    """The network: images of either modality -> BNNeck outputs. L2-normalised, these are *the* features.
 
     Args:
         arch: "resnet50" (D = 2048) or "resnet18" (D = 512).
         stem: "two-stream" (conv1 and bn1 per modality; visible and aux images share the visible one) or
             "shared" (one for all, as in the released code).
-        weights: where training starts: None (random); "imagenet"; or a file: a state dict of torchvision's,
-            or a checkpoint of this project or of the released code, whose shared stem fits either stem.
+        weights: initial weights: None (random), "imagenet", or a file with a state dict of torchvision or a
+            checkpoint of this project or the released code, whose shared stem fits either stem.
 
     Raises:
         UserError: weights that cannot be found or do not fit.
@@ -144,7 +144,7 @@ class TwoStreamResNet(nn.Module):
     ) -> torch.Tensor:
         """Images (N, 3, H, W) of either or both modalities -> pooled features (N, D), visible rows first."""
         streams = [(name, x) for name, x in (("visible", visible), ("infrared", infrared)) if x is not None]
-        if self.stem == "shared":  # one pass, so that batch statistics are over all images
+        if self.stem == "shared":  # one pass, so that batch statistics cover all images
             x = self.stems["shared"](torch.cat([x for _, x in streams]))
         else:
             x = torch.cat([self.stems[name](x) for name, x in streams])
@@ -159,7 +159,7 @@ class TwoStreamResNet(nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) of either or both modalities -> BNNeck outputs (N, D), visible rows first.
 
-        with_pooled: return (outputs, pooled), the second before BNNeck, as the baselines' losses need them.
+        with_pooled: return (outputs, pooled); the baselines' losses need the features before BNNeck too.
         """
         pooled = self.pooled(visible, infrared)
         with torch.autocast(pooled.device.type, enabled=False):
@@ -168,7 +168,7 @@ class TwoStreamResNet(nn.Module):
 
 
 def with_non_local(layer: nn.Sequential, count: int) -> nn.Sequential:
-    """layer with a non-local block behind each of its last count residual blocks."""
+    """Add a non-local block after each of the last count residual blocks of layer."""
     blocks = []
     for k, block in enumerate(layer):
         blocks.append(block)
@@ -178,10 +178,10 @@ def with_non_local(layer: nn.Sequential, count: int) -> nn.Sequential:
 
 
 def load_backbone(resnet: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state dict of torchvision's into a torchvision ResNet, its fc aside; source is for messages."""
+    """Load a state dict of torchvision, without fc, into a torchvision ResNet; source is for messages."""
     state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    # Weights older than torch's count of batches, as torchvision's of 2017, have no such counts.
+    # Old weights, such as torchvision's of 2017, have no num_batches_tracked.
     unneeded = {
         k: v
         for k, v in resnet.state_dict().items()
@@ -191,12 +191,12 @@ def load_backbone(resnet: nn.Module, state: dict[str, torch.Tensor], source: str
 
 
 def start_from(model: TwoStreamResNet, checkpoint: dict, source: str) -> None:
-    """Load the network of a checkpoint into model; a shared stem becomes both of a two-stream network."""
+    """Load the network of a checkpoint into model; a shared stem initialises both stems if model has two."""
     trained = build_model(checkpoint, source)
     if trained.arch != model.arch or (trained.stem, model.stem) == ("two-stream", "shared"):
         raise UserError(
             f"{source} holds a {trained.arch} with a {trained.stem} stem, which does not fit a {model.arch} "
-            f"with a {model.stem} stem: give --arch and --stem"
+            f"with a {model.stem} stem: set --arch and --stem"
         )
     state = {}
     for key, value in trained.state_dict().items():
@@ -206,14 +206,14 @@ def start_from(model: TwoStreamResNet, checkpoint: dict, source: str) -> None:
 
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """load_state_dict; what does not fit is reported in one line that names source."""
-    own = module.state_dict()
-    misfits = [f"{key} is missing" for key in own if key not in state]
-    misfits += [f"{key} is unknown" for key in state if key not in own]
+    """load_state_dict that raises UserError, in one line that names source, if something does not fit."""
+    expected = module.state_dict()
+    misfits = [f"{key} is missing" for key in expected if key not in state]
+    misfits += [f"{key} is unknown" for key in state if key not in expected]
     misfits += [
-        f"{key} is {tuple(state[key].shape)} there, {tuple(own[key].shape)} here"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
+        f"{key} is {tuple(state[key].shape)} there, {tuple(expected[key].shape)} here"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
     ]
     if misfits:
         more = f" and {len(misfits) - 1} more" if len(misfits) > 1 else ""
@@ -224,15 +224,15 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
 def from_checkpoint(path: str | os.PathLike) -> TwoStreamResNet:
     """The network of a checkpoint, in evaluation mode on the CPU.
 
-    path: a checkpoint of this project (its `args` say how to build the network) or of the released code (a
-    shared stem; its class memories, if it holds any, are left out). Raises UserError naming path if it is
-    missing, not a checkpoint, or of other shapes.
+    path: a checkpoint of this project (its `args` say how to build the network) or of the released code
+    (always a shared stem; its class memories are ignored). Raises UserError, naming path, if it is missing,
+    not a checkpoint, or does not fit.
     """
     return build_model(load_checkpoint(path), path)
 
 
 def build_model(checkpoint: dict, path: str | os.PathLike) -> TwoStreamResNet:
-    """The network of a checkpoint that was read already; path is for messages. See from_checkpoint."""
+    """The network of a checkpoint that is already loaded; path is for messages. See from_checkpoint."""
     state = {key.removeprefix("module."): value for key, value in checkpoint["net"].items()}
     if any(key.startswith("backbone.") for key in state):
         arch, stem = "resnet50", "shared"
@@ -243,7 +243,7 @@ def build_model(checkpoint: dict, path: str | os.PathLike) -> TwoStreamResNet:
         arch, stem = args.get("arch"), args.get("stem")
         if arch not in ARCHS or stem not in STEMS:
             raise UserError(
-                f"{path} is not a checkpoint of this project: its `args` name no known arch and stem"
+                f"{path} is not a checkpoint of this project: its `args` have no known arch and stem"
             )
     model = TwoStreamResNet(arch, stem)
     load_strictly(model, state, str(path))
@@ -251,7 +251,7 @@ def build_model(checkpoint: dict, path: str | os.PathLike) -> TwoStreamResNet:
 
 
 def translate_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The released network's weights under this one's names, without what is neither backbone nor neck."""
+    """Rename the released network's weights; only backbone and neck are kept."""
     translated, one_channel = {}, {}
     first_with = {"2": 4 - 2, "3": 6 - 3}  # NL_2.k follows block 2 + k of layer2's four, NL_3.k 3 + k of six
     for key, value in state.items():
@@ -266,7 +266,7 @@ def translate_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
                 translated[f"{prefix}.{rest}"] = value
         elif match := re.fullmatch(r"layer([23])\.(\d)\.(.+)", key):
             layer, k = match[1], int(match[2])
-            # a block moves back by one place for each non-local block before it
+            # each non-local block shifts the blocks after it by one
             translated[f"layer{layer}.{k + max(0, k - first_with[layer])}.{match[3]}"] = value
         elif key.startswith(("conv1.", "bn1.")):
             translated[key.replace("conv1", "stems.shared.0").replace("bn1", "stems.shared.1")] = value
@@ -275,8 +275,8 @@ def translate_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         elif key.startswith(("layer1.", "layer4.", "pool.")):
             translated[key] = value
     for key in {key for key, _ in one_channel}:
-        parts = [one_channel[key, part] for part in ("the", "phi", "g.0") if (key, part) in one_channel]
-        translated[key] = torch.cat(parts)
+        tensors = [one_channel[key, name] for name in ("the", "phi", "g.0") if (key, name) in one_channel]
+        translated[key] = torch.cat(tensors)
     return translated
 
 
@@ -295,11 +295,11 @@ def extract_features(
         batches: of normalised images (n, 3, H, W), on the model's device.
         modality: "visible", "infrared" or "aux" (which takes the visible stem).
         dtype: autocast's, None for float32.
-        flip: embed each image's mirror too.
+        flip: also embed the mirror image.
 
     Returns:
-        Unit features (N, D) float32 on the model's device; with flip (2, N, D): after the images' own those
-        that are the mean of an image's and its mirror's, normalised again.
+        Unit features (N, D) float32 on the model's device. With flip (2, N, D): first the features of the
+        images, then the means of image and mirror image, normalised again.
     """
     name = "infrared" if modality == "infrared" else "visible"
 

@@ -1,4 +1,4 @@
-"""What every script needs and no file owns: errors, the log, whole files, shared flags; without torch."""
+"""Helpers of every script: errors, the log, safe writing of files, shared flags. Does not import torch."""
 
 import argparse
 import contextlib
@@ -18,17 +18,17 @@ MODALITIES = ("visible", "infrared", "aux")  # the order of a batch's rows in me
 
 
 class UserError(Exception):
-    """Bad input: one line that names the file or the flag; a script prints it and exits with status 2."""
+    """Bad input. The message is one line that names the file or flag; scripts print it and exit with 2."""
 
 
 def run_script(
     main: Callable[[argparse.Namespace], int | None], get_args: Callable[[], argparse.Namespace]
 ) -> None:
-    """Run main(get_args()), then exit: 0 or what it returned; 2 after a UserError's line; 130 at Ctrl-C.
+    """Run main(get_args()) and exit: with its result or 0, with 2 after a UserError, with 130 after Ctrl-C.
 
-    SIGTERM ends it with 143, but after what was begun, such as a file half-written, has been cleared away.
+    SIGTERM exits with 143, after cleaning up, for example removing a partly written file.
     """
-    former = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    previous = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     try:
         sys.exit(main(get_args()))
     except UserError as error:
@@ -40,11 +40,11 @@ def run_script(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     finally:
-        signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def log_to_terminal(quiet: bool = False, stream: TextIO | None = None) -> None:
-    """Send the log's lines to stream (standard output), as they are; quiet: only the warnings."""
+    """Write the log to stream (default: standard output) without prefixes; quiet: only warnings."""
     handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
@@ -53,7 +53,7 @@ def log_to_terminal(quiet: bool = False, stream: TextIO | None = None) -> None:
 
 
 def refuse_unwritable(folder: str | os.PathLike) -> None:
-    """UserError, before long work, for a folder that files cannot be written in; leaves nothing behind."""
+    """Raise UserError, before long work, if files cannot be written in folder; leaves nothing behind."""
     folder = Path(folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
@@ -65,10 +65,10 @@ def refuse_unwritable(folder: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary name beside path; on success flush it to disk and rename it, else remove it.
+    """Yield a temporary name next to path; on success flush it to disk and rename it, else remove it.
 
-    So path is always either its former self or the whole new file. An OSError (a full disk, a folder that
-    cannot be written) becomes a UserError that names path.
+    So path is always either the old file or the complete new one. An OSError (a full disk, a folder without
+    write permission) becomes a UserError that names path.
     """
     path = Path(path)
     temporary = None
@@ -82,7 +82,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would shut colleagues out
+        temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 would lock out colleagues
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -95,25 +95,25 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with --img_h understood as --img-h, no abbreviations, and errors of one line."""
+    """argparse that accepts --img_h for --img-h, has no abbreviations and raises UserError."""
 
     def __init__(self, **kwargs: object):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, with the underscores of flags' names made hyphens."""
+        """Replace underscores in flag names by hyphens, then parse."""
         words = sys.argv[1:] if args is None else args
         names = [word.partition("=") if word.startswith("--") else ("", "", word) for word in words]
         words = [name.replace("_", "-") + equals + value for name, equals, value in names]
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:
-        """Raise UserError, which run_script prints in one line."""
+        """Raise UserError, which run_script prints."""
         raise UserError(f"{message} (--help lists the flags)")
 
 
 def at_least(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
-    """An argparse type: an integer that is at least minimum and at most maximum."""
+    """An argparse type: an integer from minimum to maximum."""
 
     def parse(text: str) -> int:
         value = int(text)
@@ -123,7 +123,7 @@ def at_least(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be at most {maximum}, not {value}")
         return value
 
-    parse.__name__ = "integer"  # argparse names the type in its own message
+    parse.__name__ = "integer"  # for argparse's own error message
     return parse
 
 
@@ -157,7 +157,7 @@ def device_flags() -> Parser:
     workers = min(8, os.cpu_count() or 1)
     group.add_argument(
         "--workers", type=at_least(0), default=workers, metavar="N",
-        help=f"threads that decode images, at least one; there are no worker processes ({workers})",
+        help=f"threads that decode images, at least one ({workers})",
     )  # fmt: skip
     group.add_argument(
         "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
@@ -165,6 +165,6 @@ def device_flags() -> Parser:
     )  # fmt: skip
     group.add_argument(
         "--test-batch", "--test-batch-size", type=at_least(1),
-        default=64, metavar="IMAGES", help="batch of evaluation and memory building (64)",
+        default=64, metavar="IMAGES", help="batch size of evaluation and memory building (64)",
     )  # fmt: skip
     return parser

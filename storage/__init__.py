@@ -1,1 +1,1 @@
-"""What lies on disk: lists and folders of images, own images' splits, training arrays."""
+"""Files on disk: lists and folders of images, the splits of own images, training arrays."""

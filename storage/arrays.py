@@ -1,4 +1,4 @@
-"""The arrays of training images on disk: made from image files once, opened by every run."""
+"""The arrays of training images on disk: written once from image files, opened by every run."""
 
 import contextlib
 import hashlib
@@ -24,10 +24,20 @@ def write_array(
     progress: Callable[[int], object] | None = None,
     pixel_range: PixelRange | None = None,
 ) -> None:
-    """Decode paths into the .npy file (N, height, width, 3) uint8; progress is told how many, as they come.
+    """Decode images into an .npy file (N, height, width, 3) uint8.
 
-    Written piece by piece and not through a memory map, whose pages would count as this process's memory.
-    file is written in place: hand over the temporary name of utils.whole_file. UnreadableImages: all of them.
+    Written batch by batch and not through a memory map, whose pages would count as this process's memory.
+
+    Args:
+        paths: of the images.
+        file: to write, in place: pass the temporary name of utils.whole_file.
+        height, width: to resize to, in pixels.
+        workers: threads that decode.
+        progress: called with the number of images written since the last call.
+        pixel_range: see images.read_image.
+
+    Raises:
+        UnreadableImages: with every image that cannot be read.
     """
     batches = decode(paths, height, width, workers, pixel_range=pixel_range)
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), height, width, 3)}
@@ -41,18 +51,18 @@ def write_array(
 
 @dataclass(frozen=True, eq=False)
 class TrainingArrays:
-    """The training images of both modalities, {"visible": …, "infrared": …}, and who is in them."""
+    """The training images of both modalities, {"visible": …, "infrared": …}, and their identities."""
 
     images: dict[str, np.ndarray]  # (N, H, W, 3) uint8, memory-mapped
     labels: dict[str, np.ndarray]  # (N,) int64, 0..C-1
-    pids: list[int] | None  # of label 0..C-1; None: not recorded
+    pids: list[int] | None  # of labels 0..C-1; None: not recorded
     fingerprint: str | None  # of the image files; None: not recorded
     pixel_range: PixelRange | None  # by which they were decoded; None: no image has more than eight bits
     range_was_given: bool = False  # and not found from the images
 
 
 def array_files(folder: str | os.PathLike, prefix: str = "train") -> dict[str, tuple[Path, Path]]:
-    """{modality: (images, labels)}: the files of training arrays, by the names this family of code shares."""
+    """{modality: (images, labels)}: the files of training arrays. The released code uses the same names."""
     return {
         modality: (
             Path(folder, f"{prefix}_{word}_resized_img.npy"),
@@ -68,14 +78,14 @@ def _manifest_file(folder: str | os.PathLike, prefix: str) -> Path:
 
 def fingerprint(paths: dict[str, Sequence[str]]) -> str:
     """A sha256 over the relative path, size and modification time of every image of {modality: paths}."""
-    root = os.path.commonpath([os.path.dirname(path) for part in paths.values() for path in part])
+    root = os.path.commonpath([os.path.dirname(path) for files in paths.values() for path in files])
     digest = hashlib.sha256()
     for modality in sorted(paths):
         for path in paths[modality]:
             try:
                 status = os.stat(path)
                 facts = (status.st_size, status.st_mtime_ns)
-            except OSError:  # decoding will name it
+            except OSError:  # decoding will report it
                 facts = None
             digest.update(
                 repr((modality, os.path.relpath(path, root), facts)).encode("utf-8", "surrogateescape")
@@ -95,13 +105,25 @@ def write_training_arrays(
     progress: Callable[[int], object] | None = None,
     pixel_range: PixelRange | None = None,
 ) -> None:
-    """Decode {modality: paths} with {modality: labels (N,)} into the files of array_files and a manifest.
+    """Decode the training images into the files of array_files, and write a manifest.
 
-    pids: those of label 0..C-1. pixel_range: see find_pixel_range, which finds one where it is None; the
-    manifest keeps it. The former files stay until the last image is written; the manifest, which
-    tells arrays from the images that they were made from, changes last.
-    UserError: too little disk space, found out before anything is decoded; as find_pixel_range.
-    UnreadableImages: all of them.
+    Existing files stay until the last image is written. The manifest, which records the images that the
+    arrays were made from, is replaced last.
+
+    Args:
+        folder: for the files.
+        paths: {modality: N paths}.
+        labels: {modality: (N,)}.
+        pids: of labels 0..C-1, recorded in the manifest.
+        height, width: to resize to, in pixels.
+        workers: threads that decode.
+        prefix: of the files' names.
+        progress: called with the number of images written since the last call.
+        pixel_range: of images of more than eight bits, recorded in the manifest; None: find_pixel_range.
+
+    Raises:
+        UserError: too little disk space (checked before decoding); see also find_pixel_range.
+        UnreadableImages: with every image that cannot be read.
     """
     given = pixel_range is not None
     pixel_range = find_pixel_range([path for part in paths.values() for path in part], workers, pixel_range)
@@ -111,18 +133,20 @@ def write_training_arrays(
         "width": width,
         "images": {modality: len(paths[modality]) for modality in files},
         "pids": [int(pid) for pid in pids],
-        "fingerprint": fingerprint(paths),  # before decoding: an image that changes meanwhile makes it stale
+        "fingerprint": fingerprint(paths),  # before decoding: it will differ if an image changes meanwhile
         "pixel_range": pixel_range,
         "pixel_range_given": given,
     }
     failures = []
-    with contextlib.ExitStack() as stack:  # leaves in reverse order
+    with contextlib.ExitStack() as stack:  # renames the files in reverse order, so the manifest last
         temporary = stack.enter_context(whole_file(_manifest_file(folder, prefix)))
         temporary.write_text(json.dumps(manifest), encoding="utf-8")
         need = sum(map(len, paths.values())) * (height * width * 3 + 8) + 4096
         free = shutil.disk_usage(folder).free
         if need > free:
-            raise UserError(f"{folder}: the arrays need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+            raise UserError(
+                f"{folder}: the arrays need {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
+            )
         for modality, (image_file, label_file) in files.items():
             with open(stack.enter_context(whole_file(label_file)), "wb") as stream:
                 np.save(stream, np.asarray(labels[modality], dtype=np.int64))
@@ -141,14 +165,14 @@ def _load(file: Path, remake: str) -> np.ndarray:
     except FileNotFoundError as error:
         raise UserError(f"{file}: missing; {remake}") from error
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file}: not a NumPy array that can be read; {remake}") from error
+        raise UserError(f"{file}: not a readable NumPy array; {remake}") from error
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{file}: not one NumPy array; {remake}")
+        raise UserError(f"{file}: not a single NumPy array; {remake}")
     return array
 
 
 def _read_manifest(file: Path, remake: str) -> dict | None:
-    """What a manifest says; None where there is none."""
+    """The content of a manifest; None if the file does not exist."""
     facts = {"height": int, "width": int, "images": dict, "pids": list, "fingerprint": str}
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -171,14 +195,21 @@ def open_training_arrays(
     data_path: str | os.PathLike | None = None,
     pixel_range: PixelRange | None = None,
 ) -> TrainingArrays:
-    """Open the arrays of write_training_arrays, memory-mapped, or other code's under the same names.
+    """Open training arrays, memory-mapped, written by write_training_arrays or by other code.
 
-    paths, {modality: paths}, are the images as they are now. Arrays without a manifest are taken with a
-    warning. data_path: the dataset's folder, for messages, where that is another one. pixel_range: the one
-    that they must have been decoded by; None: whichever the manifest says.
-    UserError, naming the file: missing, unreadable, another dtype, shape or size, labels of another number,
-    with holes or in one modality only, or arrays that were not made from the images as they are now, or not
-    by pixel_range.
+    Arrays without a manifest are accepted with a warning.
+
+    Args:
+        folder: of the arrays.
+        height, width: that the images must have, in pixels.
+        paths: {modality: paths} of the current images, to compare with; None: do not compare.
+        prefix: of the files' names.
+        data_path: the dataset's folder, for messages, if it is not folder.
+        pixel_range: that the images must have been decoded with; None: any.
+
+    Raises:
+        UserError: a file is missing or unreadable, has another dtype, shape or image size, or was made from
+            other images or with another pixel range; or labels are missing in a modality. Names the file.
     """
     output = "" if data_path is None or Path(data_path) == Path(folder) else f" --output {folder}"
     remake = (
@@ -201,25 +232,25 @@ def open_training_arrays(
         if paths is not None:
             _check_sources(image_file, len(images[modality]), paths[modality], manifest is None, remake)
 
-    classes = 1 + max(int(part.max()) for part in labels.values())
+    classes = 1 + max(int(array.max()) for array in labels.values())
     for modality, (_, label_file) in files.items():
         if not np.array_equal(np.unique(labels[modality]), np.arange(classes)):
-            raise UserError(f"{label_file}: labels with holes: not every one of 0..{classes - 1}; {remake}")
+            raise UserError(f"{label_file}: some labels of 0..{classes - 1} are missing; {remake}")
     if manifest is None:
-        log.warning("%s: no %s: taking the arrays as they are", folder, manifest_file.name)
+        log.warning("%s: no %s: using the arrays unchecked", folder, manifest_file.name)
     elif len(manifest["pids"]) != classes:
         raise UserError(f"{files['visible'][1]}: does not belong to {manifest_file}; {remake}")
     elif paths is not None and manifest["fingerprint"] != fingerprint(paths):
         raise UserError(
-            f"{files['visible'][0]}: the images have changed since it was made, or were copied without "
-            f"their times (cp -a keeps them); {remake}"
+            f"{files['visible'][0]}: the images have changed since it was written, or were copied "
+            f"without their times (cp -a keeps them); {remake}"
         )
     elif pixel_range is not None and manifest.get("pixel_range") != list(pixel_range):
-        raise UserError(f"{files['visible'][0]}: made by another pixel range; {remake}")
+        raise UserError(f"{files['visible'][0]}: made with another pixel range; {remake}")
     made_by = pixel_range if manifest is None else manifest.get("pixel_range")
     return TrainingArrays(
         images=images,
-        labels={modality: part.astype(np.int64) for modality, part in labels.items()},
+        labels={modality: array.astype(np.int64) for modality, array in labels.items()},
         pids=manifest and manifest["pids"],
         fingerprint=manifest and manifest["fingerprint"],
         pixel_range=None if made_by is None else tuple(made_by),
@@ -241,7 +272,7 @@ def _check_labels(labels: np.ndarray, file: Path, number: int, remake: str) -> N
 
 
 def _check_sources(file: Path, number: int, paths: Sequence[str], by_time: bool, remake: str) -> None:
-    """Compare an array with the images as they are now; by_time where no manifest tells more."""
+    """Compare an array with the current images; by_time: there is no manifest, so compare the times."""
     if number != len(paths):
         raise UserError(f"{file}: holds {number} images, the dataset has {len(paths)}; {remake}")
     if by_time and file.stat().st_mtime < max(os.stat(path).st_mtime for path in paths):
@@ -260,9 +291,9 @@ def training_arrays(
     progress: Callable[[int], object] | None = None,
     pixel_range: PixelRange | None = None,
 ) -> TrainingArrays:
-    """Open the arrays of these images in folder, after making them where they are missing or out of date.
+    """Open the training arrays in folder; write them first if they are missing or out of date.
 
-    Arguments and errors as write_training_arrays.
+    Arguments and errors are those of write_training_arrays.
     """
     if _manifest_file(folder, prefix).exists():
         with contextlib.suppress(UserError):
@@ -271,6 +302,6 @@ def training_arrays(
             if same and (pixel_range is not None or not arrays.range_was_given):  # by an earlier run's flag
                 return arrays
     total = sum(map(len, paths.values()))
-    log.info("decoding %d training images once, into %s", total, folder)
+    log.info("decoding %d training images into %s (once)", total, folder)
     write_training_arrays(folder, paths, labels, pids, height, width, workers, prefix, progress, pixel_range)
     return open_training_arrays(folder, height, width, paths, prefix)

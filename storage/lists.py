@@ -1,4 +1,4 @@
-"""The files of a dataset: which of them are images, what its lists name, and how a message names values."""
+"""The files of a dataset: find images, read lists of ids and images; lists of values in messages."""
 
 import os
 import re
@@ -18,21 +18,21 @@ Cells = dict[tuple[int, int], list[str]]  # (pid, camid) -> image paths in file-
 
 
 def refuse(message: str, problems: list[str] | None) -> None:
-    """Raise UserError; or append to problems, for the check, which reports everything at once."""
+    """Raise UserError; or, if problems is a list, append to it: tools.check reports all problems at once."""
     if problems is None:
         raise UserError(message)
     problems.append(message)
 
 
 def listed(values: Iterable, most: int = 30) -> str:
-    """Values for a message: `1, 2, 3`, a set in order, no more than `most` of them."""
+    """Values for a message: `1, 2, 3`, at most `most` of them; sets are sorted."""
     words = [str(value) for value in (sorted(values) if isinstance(values, set) else values)]
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more
 
 
 def number(text: str) -> int | None:
-    """The number that text writes in digits, at most 18, which fit int64; None if it is none."""
+    """text as a number; None unless it consists of 1 to 18 digits, which fit int64."""
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
@@ -40,7 +40,7 @@ def image_paths(folder: str | os.PathLike, problems: list[str] | None = None) ->
     """The images of a folder in file-name order; none if the folder does not exist.
 
     Hidden files and files without an image's suffix (Thumbs.db) are left out. A folder or a dangling link
-    with an image's name is refused: to leave it out would change every gallery drawn after it, unnoticed.
+    with an image's name is refused: skipping it would silently change every gallery drawn after it.
     """
     names = []
     try:
@@ -92,15 +92,15 @@ def read_ids(path: Path) -> list[int]:
 
 
 def read_index(path: Path) -> list[tuple[int, str, str]]:
-    """(line number, path, label) of the lines `path label` of a list; the label is "" where there is none."""
+    """(line number, path, label) of each line `path label` of a list; the label is "" if it is missing."""
     split = ((count, *line.rsplit(None, 1)) for count, line in read_lines(path))  # a path may hold spaces
     return [(count, os.path.normpath(words[0]), "".join(words[1:])) for count, *words in split]
 
 
 def path_problem(root: str | os.PathLike, path: str) -> str | None:
-    """What is wrong with a path that a list names, as it is written there; None if it is a good one.
+    """Describe what is wrong with a path from a list; None if it is valid.
 
-    Paths are relative to the dataset's folder root and stay below it.
+    A path must be relative to root, the dataset's folder, and stay below it.
     """
     parts = PureWindowsPath(path)  # knows both kinds of slash, and drives
     if parts.anchor or ".." in parts.parts:
@@ -108,7 +108,7 @@ def path_problem(root: str | os.PathLike, path: str) -> str | None:
             inside = os.path.relpath(os.path.join(base, path), base)
             if not parts.drive and "\\" not in path and not inside.startswith(os.pardir):
                 return f"{path!r} must be written relative to {root}, as {inside!r}"
-        return f"{path!r} would be read from outside the dataset"
+        return f"{path!r} is outside the dataset"
     if "\0" in path or not os.path.isfile(os.path.join(root, path)):
         return f"there is no image file {path!r} in {root}"
     return None
@@ -117,7 +117,13 @@ def path_problem(root: str | os.PathLike, path: str) -> str | None:
 def index_labels(file: Path, root: str | os.PathLike, problems: list[str] | None = None) -> dict[str, int]:
     """{path relative to root: label} of a list of images, in its order.
 
-    UserError, or an entry in problems: a line without a label or with two, a path that is none, no lines.
+    Args:
+        file: the list, with lines `path label`.
+        root: the dataset's folder.
+        problems: a list that collects problems, instead of raising UserError.
+
+    Raises:
+        UserError: a wrong label, an invalid path, a path with two labels, or an empty list.
     """
     labels, repeated = {}, []
     for count, path, label in read_index(file):
@@ -135,25 +141,25 @@ def index_labels(file: Path, root: str | os.PathLike, problems: list[str] | None
         else:
             refuse(f"{where}: {path!r} has label {pid} here and {labels[path]} above", problems)
     if repeated:
-        log.warning("%s: images that are listed twice, taken once: line %s", file, listed(repeated))
+        log.warning("%s: images that are listed twice are used once: line %s", file, listed(repeated))
     if not labels:
         refuse(f"{file}: lists no images", problems)
     return labels
 
 
 def _read_permutations(path: Path) -> list[np.ndarray]:
-    """Each camera's cells of SYSU-MM01's rand_perm_cam.mat.
+    """Each camera's cells of SYSU-MM01's rand_perm_cam.mat; UserError if it is missing or malformed.
 
-    Cell [pid - 1] holds (10 trials, images) 1-based positions. UserError: missing, or of another form.
+    Cell [pid - 1] holds (10 trials, images) 1-based positions.
     """
     if not path.is_file():
         raise UserError(
             f"{path}: missing; the authors of SYSU-MM01 publish it in their evaluation repository "
-            "(wuancong/SYSU-MM01 on GitHub) under evaluation/data_split; --galleries seeded needs none"
+            "(wuancong/SYSU-MM01 on GitHub) under evaluation/data_split; --galleries seeded works without it"
         )
     try:
         cells = scipy.io.loadmat(path, variable_names=["rand_perm_cam"])["rand_perm_cam"]
-    except Exception as error:  # a file from a stranger: scipy raises whatever its bytes lead to
+    except Exception as error:  # scipy may raise anything for a broken file
         raise UserError(f"{path}: not a MATLAB file with a variable rand_perm_cam") from error
     if (
         cells.shape not in ((6, 1), (1, 6))
@@ -165,18 +171,23 @@ def _read_permutations(path: Path) -> list[np.ndarray]:
 
 
 def published_order(root: str | os.PathLike, cells: Cells, camids: tuple[int, ...], trial: int) -> Cells:
-    """SYSU-MM01's test cells of some cameras, their images in the published order of a trial.
+    """SYSU-MM01's test cells of some cameras, with their images in the published order.
 
-    UserError naming rand_perm_cam.mat: missing, of another form, or ordering other images than the cells'.
+    Args:
+        root: the dataset's folder.
+        cells: the images of each (pid, camid).
+        camids: the cameras of the gallery.
+        trial: 0..9.
+
+    Raises:
+        UserError: rand_perm_cam.mat is missing, malformed, or made for other images.
     """
     path = Path(root, "exp", "rand_perm_cam.mat")
     cameras = _read_permutations(path)
     ordered = {}
     for pid in read_ids(Path(root, "exp", "test_id.txt")):
         if pid == 0:
-            raise UserError(
-                f"{path}: cannot have a gallery of id 0, which test_id.txt lists: its ids start at 1"
-            )
+            raise UserError(f"{path}: has no id 0, which test_id.txt lists: its ids start at 1")
         for camid in camids:
             where = f"{path}: id {pid}, camera {camid}"
             images = cells.get((pid, camid), [])
@@ -185,11 +196,11 @@ def published_order(root: str | os.PathLike, cells: Cells, camids: tuple[int, ..
             if positions.size == 0 and not images:
                 continue
             if positions.ndim != 2 or len(positions) != 10 or positions.dtype.kind not in "uif":
-                raise UserError(f"{where}: {positions.shape} is not the shape (10 trials, images)")
+                raise UserError(f"{where}: shape {positions.shape} is not (10 trials, images)")
             row = positions[trial]
             if row.max(initial=0) > len(images):
-                raise UserError(f"{where}: points to image {row.max():g}, there are {len(images)}")
-            # The positions count the sorted files: one file too many shifts the others, unnoticed.
+                raise UserError(f"{where}: points to image {row.max():g}, but there are {len(images)}")
+            # Positions refer to the sorted files: an extra file would silently shift the others.
             if sorted(row) != list(range(1, len(images) + 1)):
                 raise UserError(f"{where}: trial {trial} does not order the folder's {len(images)} images")
             ordered[pid, camid] = [images[int(position) - 1] for position in row]

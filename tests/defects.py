@@ -155,7 +155,7 @@ a term has another weight
 == memory.py, test_train.py
 
 the shared table learns from visible features only
-- self.shared.update(everything, labels.repeat(len(modalities)))
+- self.shared.update(all_features, labels.repeat(len(modalities)))
 + self.shared.update(features["visible"], labels)
 
 == train.py, test_processes.py

@@ -139,7 +139,7 @@ def test_check_tells_the_trials_whose_lists_overlap(tmp_path):
 
 
 def test_check_of_nothing_is_wrong_usage(tmp_path):
-    for name, words in (("sysu", "looked for"), ("sysuu", "sysuu")):
+    for name, words in (("sysu", "not found"), ("sysuu", "sysuu")):
         result = run_check(name, tmp_path)
         assert result.returncode == 2
         assert result.stdout == ""

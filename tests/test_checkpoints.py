@@ -50,7 +50,7 @@ def test_code_is_refused_and_does_not_run(kind, legacy, tmp_path):
     }[kind]
     torch.save({"net": NET, "cmc": value}, path, _use_new_zipfile_serialization=not legacy)
     assert zipfile.is_zipfile(path) is not legacy
-    with pytest.raises(UserError, match=r"evil\.t is refused: it asks to run code, which is never done$"):
+    with pytest.raises(UserError, match=r"evil\.t is refused: it contains code, which is never run$"):
         load_checkpoint(path)
     assert not trace.exists()
     if kind != "a class of its own":  # the attack is real: the ordinary unpickler runs it
@@ -90,7 +90,7 @@ def test_broken_files_are_refused_in_one_line(content, tmp_path):
     path = tmp_path / "broken.t"
     path.write_bytes(content)
     with pytest.raises(
-        UserError, match=r"broken\.t is refused: it is not a complete file of torch\.save's$"
+        UserError, match=r"broken\.t is refused: it is not a complete file of torch\.save$"
     ) as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)
@@ -212,7 +212,7 @@ def test_a_checkpoint_comes_back_and_needs_no_trust(tmp_path):
     [
         (
             RuntimeError("unexpected pos 64 vs 0\nmore"),
-            r"torch could not write all of it: is the disk full\?",
+            r"torch could not write the complete file: is the disk full\?",
         ),
         (OSError(28, "No space left on device"), "No space left on device"),
     ],

@@ -157,7 +157,7 @@ def test_the_split_is_drawn_once_and_the_same_for_the_same_seed(tmp_path, caplog
 def test_only_identities_in_both_modalities_are_drawn(tmp_path):
     root = people(tmp_path, "abcd")
     write(root / "visible/lonely/1.jpg")
-    refused(lambda: draw_split(root, 3, 0), "--test-identities 3", "of 4 identities")
+    refused(lambda: draw_split(root, 3, 0), "--test-identities 3", "4 identities")
     for seed in range(9):
         draw_split(root, 2, seed)
         assert "lonely" not in (root / "test_identities.txt").read_text()
@@ -165,7 +165,7 @@ def test_only_identities_in_both_modalities_are_drawn(tmp_path):
 
 
 def test_images_with_a_split_of_their_own_are_not_split_again(tmp_path):
-    refused(lambda: draw_split(table(tmp_path, CSV), 1, 0), "--test-identities 1", "a split already")
+    refused(lambda: draw_split(table(tmp_path, CSV), 1, 0), "--test-identities 1", "are already split")
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
@@ -212,7 +212,7 @@ WRONG = {
     "an empty split": (split_of("# nobody\n"), ["test_identities.txt", "no identities"]),
     "an identity in both splits": (
         lambda root: people(people(root, split="train"), ["cid", "eve"], "test"),
-        ["trained on and tested on: pid cid"],
+        ["in both the train and the test split: pid cid"],
     ),
     "an empty CSV": (
         lambda root: write(root / "images.csv"),
@@ -230,7 +230,7 @@ WRONG = {
     "another split": (lines(*GOOD, "a/3.png,x,,visible,val"), ["line 6", "'val'", "train nor test"]),
     "no split in a line": (lines(*GOOD, "a/3.png,x,,visible,"), ["line 6", "''", "train nor test"]),
     "outside": (lines(*GOOD, "../x.png,x,,visible,test"), ["line 6", "'../x.png'", "outside"]),
-    "a contradiction": (lines(*GOOD, "a/1.png,bob,,visible,test"), ["line 6", "other values"]),
+    "a contradiction": (lines(*GOOD, "a/1.png,bob,,visible,test"), ["line 6", "different values"]),
     "one modality": (lines(*GOOD[::2]), ["no infrared images"]),
     "nobody in both modalities": (
         lines(*GOOD[:2], *GOOD[2:3], "c/2.png,8,,infrared,test"),
