@@ -1,5 +1,5 @@
-"""The whole pipeline on a synthetic dataset: draw, preprocess, train, test, and see it. Needs no data; takes
-minutes on a CPU:
+"""The complete pipeline on a synthetic dataset: draw, preprocess, train, test, report. Needs no data and
+takes minutes on a CPU:
 
     python demo.py
 
@@ -23,12 +23,19 @@ from evaluation import Evaluation, Protocol
 from utils import Parser, UserError, device_flags, run_script, seed_number
 
 HERE = Path(__file__).resolve().parent
-IDENTITIES, TEST_IDENTITIES, IMAGES = 210, 40, 2  # many people, few images of each by a camera
+IDENTITIES, TEST_IDENTITIES, IMAGES = 210, 40, 2  # many people, few images per camera
 SIZE = ("--img-h", "64", "--img-w", "48")
-# From scratch and within minutes: a small network, a high rate, and one stem, whose filters both modalities
-# train. With ImageNet's weights and 160 epochs none of this is needed.
+# To train from scratch within minutes: a small network, a high rate, and one stem for both modalities. With
+# ImageNet weights and 160 epochs none of this is needed.
 NETWORK = ("--arch", "resnet18", "--stem", "shared", "--weights", "none")
-BATCHES = ("--batch-size", "16", "--num-pos", "1", "--pad", "3")  # 10 pixels are much of such a small image
+BATCHES = (
+    "--batch-size",
+    "16",
+    "--num-pos",
+    "1",
+    "--pad",
+    "3",
+)  # 10 pixels are too much for such small images
 SCHEDULE = ("--lr", "0.001", "--warmup-epochs", "2", "--decay-epochs", "6", "8")
 EPOCHS = 9
 
@@ -39,11 +46,9 @@ def get_args_parser() -> Parser:
         description="Draw, preprocess, train and test on synthetic data, and make a report.",
         parents=[device_flags()],
     )
+    parser.add_argument("--output", default="demo", metavar="DIR", help="folder of all results (demo)")
     parser.add_argument(
-        "--output", default="demo", metavar="DIR", help="where everything goes, by seed (demo)"
-    )
-    parser.add_argument(
-        "--seed", type=seed_number, default=0, metavar="N", help="of the drawing and training (0)"
+        "--seed", type=seed_number, default=0, metavar="N", help="seed of drawing and training (0)"
     )
     return parser
 
@@ -56,11 +61,17 @@ def run(script: str, *words: object) -> None:
     environment = os.environ | {"PYTHONPATH": str(HERE)}  # python -m finds the package from any folder
     status = subprocess.run([sys.executable, *script_words, *words], env=environment, check=False).returncode
     if status:
-        raise UserError(f"{script} ended with status {status}, see above")
+        raise UserError(f"{script} failed with status {status}, see above")
 
 
 def chance(root: Path, protocol: Protocol, seed: int) -> dict[str, float]:
-    """The metrics of random features: what ranking by chance gives, mean over ten trials."""
+    """The metrics of random features, averaged over ten trials.
+
+    Args:
+        root: the dataset's folder.
+        protocol: to evaluate.
+        seed: of the features.
+    """
     evaluation = Evaluation(root, [protocol], DATASETS[protocol.dataset].trials, 1, 1)
     generator = torch.Generator().manual_seed(seed)
     features = {
@@ -72,11 +83,11 @@ def chance(root: Path, protocol: Protocol, seed: int) -> dict[str, float]:
 
 
 def main(args: object) -> None:
-    """Run the pipeline and print what it learned."""
+    """Run the pipeline and print the results before and after training."""
     out = Path(args.output, f"seed{args.seed}")
     data, untrained, trained = out / "sysu", out / "untrained", out / "trained"
     if data.exists():
-        print(f"{data} is there already and is used again; remove {out} to begin anew")
+        print(f"{data} exists and is used again; remove {out} to start from scratch")
     else:
         people = ("--identities", IDENTITIES, "--test-identities", TEST_IDENTITIES, "--images", IMAGES)
         run("-m synthetic", "--dataset", "sysu", "--data-path", data, *people, "--seed", args.seed)
@@ -88,14 +99,12 @@ def main(args: object) -> None:
         "--data-path", data, *SIZE, *NETWORK, *BATCHES, *SCHEDULE, "--seed", args.seed, "--select", "last",
         *machine, "--overwrite",
     )  # fmt: skip
-    print(
-        "\nFirst the network as it is before training, after no epochs, to compare with; then the training."
-    )
+    print("\nFirst an untrained network (0 epochs) for comparison, then the training.")
     for folder, epochs in ((untrained, 0), (trained, EPOCHS)):
         run("train.py", *settings, "--epochs", epochs, "--model-path", folder, "--log-path", folder / "log")
     results, checkpoints = {}, {}
     for name, folder in (("untrained", untrained), ("trained", trained)):
-        # Another seed or precision than a former demo's leaves its run beside that one.
+        # Earlier demos with another precision may have left other runs here: take the newest.
         checkpoints[name] = max(folder.glob("*_last.t"), key=lambda path: path.stat().st_mtime_ns)
         numbers = out / f"{name}.json"
         run("test.py", "--resume", checkpoints[name], "--data-path", data, *machine, "--json", numbers)
@@ -114,7 +123,7 @@ def main(args: object) -> None:
         values = np.array([found["cmc"][0], found["cmc"][9], found["mAP"], found["mINP"]]) * 100
         print(f"{name:10}" + "{:8.2f}{:9.2f}{:8.2f}{:8.2f}".format(*values))
     print(f"\ncheckpoints: {untrained}, {trained}; curves: tensorboard --logdir {trained / 'log'}")
-    print(f"see for yourself: open {out / 'report' / 'index.html'} in a browser")
+    print(f"report: open {out / 'report' / 'index.html'} in a browser")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """CMC, mAP and mINP under the three protocols, and the loop over trials (docs/method.md, section 8).
 
-A query has few matches, so its gallery is not sorted: the position of a match in the ranking is the number of
-images nearer than it. What the protocol ignores is set to infinity. Only queries with a tie are ranked by
-sorting. Distances come in blocks of queries, cut from a distance matrix or computed from features, so no
-(Q, G) matrix is needed.
+A query has few matches, so its gallery is not sorted: the number of nearer images is the rank of a match.
+Images that the protocol ignores get distance infinity. Only the galleries of queries with ties are sorted.
+Distances come in blocks of queries, cut from a distance matrix or computed from features, so no (Q, G) matrix
+is needed.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +19,8 @@ from reranking import k_reciprocal as k_reciprocal  # other projects import it f
 
 PROTOCOLS = ("sysu", "regdb", "llcm")
 PRODUCT = 2**25  # distances in one matrix product: 128 MB, enough rows to keep the product efficient
-CACHED = 2**20  # distances counted at a time on a CPU: 4 MB, which its cache holds
-FEW_MATCHES = 64  # up to here, two passes of comparisons for each match take less time than sorting
+CACHED = 2**20  # distances counted at a time on a CPU: 4 MB, which fit in its cache
+FEW_MATCHES = 64  # up to this number, two comparisons per match are faster than sorting
 
 
 class Metrics(NamedTuple):
@@ -47,19 +47,19 @@ def eval_sysu(
 ) -> Metrics:
     """Evaluate as SYSU-MM01 does: queries of camera 3 ignore camera 2; CMC counts identities.
 
-    All of camera 2 is ignored, whatever the identity (the same room as camera 3), as in the released code.
+    All of camera 2 (same room as camera 3) is ignored, whatever the identity, as in the released code.
 
     Args:
-        distmat: (Q, G) distances, smaller is nearer, ties rank in gallery order; any real dtype, any device.
+        distmat: (Q, G) distances, smaller is nearer; ties rank in gallery order; any real dtype and device.
         q_pids, q_camids: (Q,) integers.
         g_pids, g_camids: (G,) integers.
-        max_rank: length of the curve; beyond the last gallery identity the curve's last value is held.
+        max_rank: length of the curve, which is constant after the last gallery identity.
 
     Returns:
-        (cmc, mAP, mINP), see Metrics. A query without a match is left out of every average.
+        (cmc, mAP, mINP), see Metrics. Queries without a match are left out of all averages.
 
     Raises:
-        ValueError: a NaN in distmat, shapes that disagree, or no query with a match.
+        ValueError: NaN in distmat, mismatched shapes, or no query with a match.
 
     Source: docs/method.md section 8; the released code's eval_metrics.py.
     """
@@ -67,14 +67,14 @@ def eval_sysu(
 
 
 def eval_regdb(distmat: Array, q_pids: Array, g_pids: Array, max_rank: int = 20) -> Metrics:
-    """Evaluate as RegDB does: the whole gallery, no camera rule; CMC counts images. See eval_sysu."""
+    """Evaluate as RegDB does: the complete gallery, no camera rule; CMC counts images. See eval_sysu."""
     return _evaluate_distmat(distmat, q_pids, g_pids, None, None, "regdb", max_rank)
 
 
 def eval_llcm(
     distmat: Array, q_pids: Array, g_pids: Array, q_camids: Array, g_camids: Array, max_rank: int = 20
 ) -> Metrics:
-    """Evaluate as LLCM does: the same pid in the same camera is ignored; CMC counts identities."""
+    """Evaluate as LLCM does: ignore the same pid in the same camera; CMC counts identities. See eval_sysu."""
     return _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, "llcm", max_rank)
 
 
@@ -109,10 +109,17 @@ def evaluate_trials(
     rerank: str | Callable[[Array, Array], Array] | None = None,
     max_rank: int = 20,
 ) -> list[Metrics]:
-    """Evaluate each trial in turn; see eval_features.
+    """Evaluate each trial; see eval_features.
 
-    rerank: what makes a distmat (Q, G) of query and gallery features, or its name in reranking.RERANKING;
-    None: no re-ranking. ValueError for another name.
+    Args:
+        trials: features, pids and camids.
+        protocol: "sysu", "regdb" or "llcm".
+        rerank: a function that computes a distmat (Q, G) from query and gallery features, or its name in
+            reranking.RERANKING; None: no re-ranking.
+        max_rank: length of the CMC curve.
+
+    Raises:
+        ValueError: an unknown name of a re-ranking; see also eval_features.
     """
     if isinstance(rerank, str):
         if rerank not in RERANKING:
@@ -129,7 +136,7 @@ def evaluate_trials(
 
 
 def summarize(results: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
-    """Return the mean and the standard deviation (of the population: divided by n) over trials."""
+    """Return mean and (population) standard deviation over trials."""
     cmc, mAP, mINP = (np.array(values, dtype=np.float64) for values in zip(*results, strict=True))
     return (
         Metrics(cmc.mean(0), float(mAP.mean()), float(mINP.mean())),
@@ -141,17 +148,17 @@ def summarize(results: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
 def matched(
     protocol: str, q_pids: Array, g_pids: Array, q_camids: Array | None, g_camids: Array | None
 ) -> torch.Tensor:
-    """Return (Q,) bool: which queries have a match, a gallery image of their pid that is not ignored.
+    """Return (Q,) bool: which queries have a match, that is a gallery image of their pid that is not ignored.
 
-    These are the queries that count. Arguments as in eval_features; the result lies where q_pids do.
+    Only these count in the averages. Arguments as in eval_features; the result is on the device of q_pids.
     """
     shape, device = (len(q_pids), len(g_pids)), as_tensor(q_pids).device
     ids = _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids)
-    found = torch.isin(ids.q_pids, ids.g_pids)
+    has_match = torch.isin(ids.q_pids, ids.g_pids)
     for camid in ids.q_camids.unique().tolist() if protocol == "llcm" else [3]:
         queries, ignored = ids.q_camids == camid, camid if protocol == "llcm" else 2
-        found[queries] = torch.isin(ids.q_pids[queries], ids.g_pids[ids.g_camids != ignored])
-    return found
+        has_match[queries] = torch.isin(ids.q_pids[queries], ids.g_pids[ids.g_camids != ignored])
+    return has_match
 
 
 # ---- the protocols' rules
@@ -167,7 +174,7 @@ class _Ids(NamedTuple):
 
 
 def _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids) -> _Ids:
-    """Check the protocol and the lengths, move the ids to the device; regdb gets camids without a rule: 0."""
+    """Check protocol and lengths and move the ids to the device; regdb has no camera rule: camids are 0."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
     if protocol == "regdb":
@@ -181,7 +188,7 @@ def _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids) -> _Ids:
 
 
 def _keys(protocol: str, ids: _Ids) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return keys (Q,) and (G,), float32: a query ignores the gallery images that have its key."""
+    """Return keys (Q,) and (G,), float32: a query ignores the gallery images with an equal key."""
     if protocol != "llcm":
         return (ids.q_camids == 3).float(), torch.where(ids.g_camids == 2, 1.0, -1.0)
     pids, camids = (torch.cat(both).unique(return_inverse=True)[1] for both in (ids[:2], ids[2:]))
@@ -192,7 +199,7 @@ def _keys(protocol: str, ids: _Ids) -> tuple[torch.Tensor, torch.Tensor]:
 def _set_ignored(block: torch.Tensor, q_keys: torch.Tensor, g_keys: torch.Tensor) -> None:
     """Set distances (q, G) to infinity where keys (q, 1) and (G,) are equal.
 
-    On a CPU, comparing into floats and taking the maximum is three times as fast as filling by a mask.
+    On a CPU, comparing into floats and taking the maximum is three times faster than masked_fill.
     """
     equal = torch.eq(q_keys, g_keys, out=torch.empty_like(block))
     torch.maximum(block, equal.sub_(0.5).mul_(torch.inf), out=block)
@@ -204,7 +211,7 @@ Blocks = Iterator[tuple[torch.Tensor, torch.Tensor]]  # queries (q,) and a copy 
 
 
 def _height(num_gallery: int, device: torch.device) -> int:
-    """Return how many queries a block has: a CPU's cache holds their distances; a GPU wants many."""
+    """Return the number of queries in a block: on a CPU its distances fit in the cache; a GPU needs many."""
     return max(1, (CACHED if device.type == "cpu" else PRODUCT) // max(num_gallery, 1))
 
 
@@ -212,7 +219,7 @@ def _feature_blocks(query: torch.Tensor, gallery: torch.Tensor, queries: torch.T
     """Yield negative cosine similarities, which rank as distances do."""
     height = _height(len(gallery), gallery.device)
     many = max(1, max(64, PRODUCT // max(len(gallery), 1)) // height) * height
-    for rows in queries.split(many):  # products of few queries would only wait for the gallery's features
+    for rows in queries.split(many):  # small products would be limited by reading the gallery
         with torch.autocast(query.device.type, enabled=False):
             product = query[rows].neg_() @ gallery.T
         yield from zip(rows.split(height), product.split(height), strict=True)
@@ -240,7 +247,7 @@ def _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, protocol, max
 
 @torch.no_grad()
 def _evaluate(blocks: Callable[[torch.Tensor], Blocks], ids: _Ids, protocol: str, max_rank: int) -> Metrics:
-    """Average over the queries with a match; blocks(queries) yields their distances."""
+    """Compute the metrics, averaged over the queries with a match; blocks(queries) yields their distances."""
     if max_rank < 1:
         raise ValueError(f"max_rank must be at least 1, not {max_rank}")
     queries = matched(protocol, *ids).nonzero()[:, 0]
@@ -261,35 +268,35 @@ def _evaluate(blocks: Callable[[torch.Tensor], Blocks], ids: _Ids, protocol: str
             preceding = _count(torch.lt, gallery.nearest(block), first)[:, 0]
         rankings.append((preceding, *_precision(nearer)))
     preceding, precision, inverse = (torch.cat(values) for values in zip(*rankings, strict=True))
-    found = torch.bincount(preceding.long().clamp_(max=max_rank), minlength=max_rank + 1)
+    at_rank = torch.bincount(preceding.long().clamp_(max=max_rank), minlength=max_rank + 1)
     return Metrics(
-        found[:max_rank].cumsum(0).cpu().numpy() / len(preceding),
+        at_rank[:max_rank].cumsum(0).cpu().numpy() / len(preceding),
         float(precision.mean()),
         float(inverse.mean()),
     )
 
 
 class _Gallery:
-    """Where the images of each pid are, and how near the nearest of them is."""
+    """Finds the images of each pid, and the distance of the nearest one."""
 
     def __init__(self, g_pids: torch.Tensor):
-        self.order = g_pids.argsort(stable=True)  # images of a pid stand together
+        self.order = g_pids.argsort(stable=True)  # groups the images by pid
         self.pids, self.counts = g_pids[self.order].unique_consecutive(return_counts=True)
         self.starts = self.counts.cumsum(0) - self.counts
         counts, by_count = self.counts.sort(descending=True)
-        starts = self.starts[by_count]  # pids with more images first, so those with a t-th one lead
+        starts = self.starts[by_count]  # pids with many images first, so pids with a t-th image lead
         self.turns = [self.order[starts[counts > t] + t] for t in range(int(counts[0]))]
 
     def images(self, pids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gallery images (q, M) of pids (q,), and which entries are not padding."""
-        found = torch.searchsorted(self.pids, pids)
-        counts = self.counts[found, None]
+        index = torch.searchsorted(self.pids, pids)
+        counts = self.counts[index, None]
         turns = torch.arange(int(counts.max()), device=pids.device)
         real = turns < counts
-        return self.order[(self.starts[found, None] + turns).where(real, 0)], real
+        return self.order[(self.starts[index, None] + turns).where(real, 0)], real
 
     def nearest(self, block: torch.Tensor) -> torch.Tensor:
-        """Return (q, pids): the distance of the nearest image of each, from distances (q, G)."""
+        """Return (q, number of pids): the distance of each pid's nearest image, from distances (q, G)."""
         nearest = block.index_select(1, self.turns[0])
         for turn in self.turns[1:]:
             leading = nearest[:, : len(turn)]  # the pids that have an image in this turn
@@ -300,37 +307,43 @@ class _Gallery:
 def _count_nearer(
     block: torch.Tensor, images: torch.Tensor, counted: torch.Tensor, keys: torch.Tensor, g_keys: torch.Tensor
 ) -> torch.Tensor:
-    """Return (q, M): how many images are nearer than each match; infinity where it is not counted.
+    """Return (q, M): how many images are nearer than each match; infinity where a match is not counted.
 
-    images (q, M): the columns of the matches in the distances block (q, G). Rows of block with a tie, or with
-    more matches than are counted one by one, become positions in the ranking, of which no two are equal.
+    Rows of block with ties, or with more than FEW_MATCHES matches, are replaced by positions in the ranking,
+    which are all different.
+
+    Args:
+        block: (q, G) distances, changed in place.
+        images: (q, M) the columns of the matches.
+        counted: (q, M) bool: neither padding nor ignored.
+        keys, g_keys: (q, 1) and (G,), see _keys.
     """
-    own = block.gather(1, images).masked_fill_(~counted, torch.nan)
-    few = own.shape[1] <= FEW_MATCHES
-    tied = (_count(torch.eq, block, own) != counted).any(1) if few else counted.any(1)
+    matches = block.gather(1, images).masked_fill_(~counted, torch.nan)
+    few = matches.shape[1] <= FEW_MATCHES
+    tied = (_count(torch.eq, block, matches) != counted).any(1) if few else counted.any(1)
     if tied.any():
         ranked = block[tied].argsort(dim=1, stable=True)
-        ignored = (keys[tied] == g_keys).byte().gather(1, ranked)  # others may be infinitely far too
+        ignored = (keys[tied] == g_keys).byte().gather(1, ranked)  # other images may be infinitely far too
         ranked = ranked.gather(1, ignored.argsort(dim=1, stable=True))
         positions = torch.arange(block.shape[1], device=block.device, dtype=block.dtype)
         block[tied] = block[tied].scatter_(1, ranked, positions.expand(len(ranked), -1))
-        own = block.gather(1, images)
-    return (_count(torch.lt, block, own) if few else own).masked_fill(~counted, torch.inf)
+        matches = block.gather(1, images)
+    return (_count(torch.lt, block, matches) if few else matches).masked_fill(~counted, torch.inf)
 
 
 def _count(compare: Callable[..., torch.Tensor], block: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return (q, M): how many columns of block (q, G) compare with each of values (q, M).
+    """Return (q, M): for how many columns of block (q, G) compare(column, value) holds, for values (q, M).
 
-    Ones and zeros of the block's own dtype are compared and summed much faster on a CPU than booleans are;
-    their sum is exact up to 2**24 gallery images.
+    On a CPU, summing ones and zeros of the block's dtype is much faster than summing booleans. The sum is
+    exact up to 2**24 gallery images.
     """
     out = torch.empty_like(block)
     return torch.stack([compare(block, column, out=out).sum(1) for column in values.split(1, dim=1)], dim=1)
 
 
 def _precision(nearer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return average precision and inverse negative penalty, float64 (q,), of matches with nearer (q, M)."""
-    position = nearer.double().sort(dim=1).values + 1  # in the ranking, from 1
+    """Return average precision and inverse negative penalty, float64 (q,), from nearer (q, M)."""
+    position = nearer.double().sort(dim=1).values + 1  # in the ranking, starting at 1
     total = position.isfinite().sum(1)
-    number = torch.arange(1, position.shape[1] + 1, device=position.device)  # of matches up to here
+    number = torch.arange(1, position.shape[1] + 1, device=position.device)  # number of matches so far
     return (number / position).sum(1) / total, total / position.gather(1, total[:, None] - 1)[:, 0]

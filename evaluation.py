@@ -1,4 +1,4 @@
-"""Evaluation for train.py and test.py alike: each image embedded once, every protocol scored from that."""
+"""Evaluation for train.py and test.py: embed each image once, then score every protocol."""
 
 import math
 import os
@@ -25,7 +25,7 @@ Features = dict[str, torch.Tensor]  # {modality: (number of its images, D)}, uni
 
 @dataclass(frozen=True)
 class Protocol:
-    """What one line of a results table is measured on."""
+    """How a row of a results table is measured."""
 
     dataset: str
     mode: str
@@ -36,19 +36,19 @@ class Protocol:
 
     @property
     def rule(self) -> str:
-        """Whose rules eval_metrics applies; own images have RegDB's, or LLCM's if cameras count."""
+        """The protocol in eval_metrics. Own images use RegDB's, or LLCM's with ignore_same_camera."""
         if self.dataset != "folder":
             return self.dataset
         return "llcm" if self.ignore_same_camera else "regdb"
 
     @property
     def title(self) -> str:
-        """The protocol spelled out, but for its trials: `SYSU-MM01, all, single-shot, seeded galleries`."""
+        """The protocol in words, for example `SYSU-MM01, all, single-shot, seeded galleries`."""
         return f"{DATASETS[self.dataset].title}, {self.row}"
 
     @property
     def row(self) -> str:
-        """The title without the dataset's."""
+        """The title without the dataset."""
         words = [self.mode.replace("-", " ")]
         if self.dataset == "sysu":
             words += [{1: "single-shot", 10: "multi-shot"}[self.shot], f"{self.galleries} galleries"]
@@ -60,9 +60,9 @@ class Protocol:
 
 
 def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
-    """What a checkpoint says that it was trained with, by train.py's flags; {} for the released code's.
+    """The settings that a checkpoint was trained with, by train.py's flags; {} for the released code's.
 
-    Raises UserError naming path for a setting that evaluation reads and that cannot be.
+    Raises UserError, naming path, if a setting that evaluation reads is invalid.
     """
 
     def number(value: object) -> bool:
@@ -96,13 +96,13 @@ def mode_name(text: str) -> str:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the numbers of one protocol and trial are based on."""
+    """How many images and identities the metrics of one protocol and trial are based on."""
 
     queries: int  # query images
     gallery: int  # gallery images
-    identities: int  # in queries and gallery together
-    candidates: int  # identities in the gallery: a ranking of one alone is always right
-    counted: int  # queries with a match: the averages are over these
+    identities: int  # in queries and gallery combined
+    candidates: int  # identities in the gallery; with only one, every ranking is right
+    counted: int  # queries with a match; the averages are over these
 
     def __str__(self) -> str:
         unmatched = self.queries - self.counted
@@ -117,7 +117,7 @@ COUNTED = {
     "identities": "identities",
     "counted": "queries with a match",
 }
-# (dataset, mode, shot) -> what is published of Counts; RegDB's and LLCM's modes have the same numbers.
+# (dataset, mode, shot) -> published values of Counts; both modes of RegDB and LLCM have the same.
 PUBLISHED = {
     ("sysu", "all", 1): {"queries": 3803, "gallery": 301, "identities": 96, "counted": 3803},
     ("sysu", "all", 10): {"queries": 3803, "gallery": 3010, "identities": 96, "counted": 3803},
@@ -135,19 +135,20 @@ PUBLISHED = {
 
 
 class Evaluation:
-    """Queries and galleries of several protocols and trials, and the images that any of them needs.
+    """Queries and galleries of several protocols and trials, and all images that they need.
 
     Args:
         root: the dataset's folder.
-        protocols, trials: what is evaluated; trials are numbers of the dataset's.
-        height, width: of the images as the network takes them, pixels.
-        allow_short: see data_manager.gallery_samples; what it allowed is reported in `short`.
-        more: images to embed besides.
+        protocols: to evaluate.
+        trials: of every protocol, as the dataset numbers them.
+        height, width: of the network's input, in pixels.
+        allow_short: see data_manager.gallery_samples; the attribute short reports what it allowed.
+        more: further images to embed.
         pixel_range: of images of more than eight bits, see images.read_image; may be set later.
 
     Raises:
-        UserError: a dataset that does not exist, does not hold what a protocol needs, tests on what was
-            trained on, or has no query with a match.
+        UserError: the dataset does not exist or lacks images of a protocol, its training and test split share
+            images, or no query has a match.
     """
 
     def __init__(
@@ -163,10 +164,10 @@ class Evaluation:
     ):
         self.height, self.width, self.pixel_range = height, width, pixel_range
         self.protocols, self.more = list(protocols), list(more)
-        self.pixels: dict[str, np.ndarray] = {}  # {modality: (n, H, W, 3) uint8}, once `load` was called
+        self.pixels: dict[str, np.ndarray] = {}  # {modality: (n, H, W, 3) uint8}, filled by `load`
         self.samples: dict[tuple[Protocol, int], tuple[Samples, Samples]] = {}  # query, gallery
         self.counts: dict[tuple[Protocol, int], Counts] = {}
-        queries: dict[tuple[str, int | None], Samples] = {}  # only RegDB's differ between trials
+        queries: dict[tuple[str, int | None], Samples] = {}  # RegDB's differ between trials
         for protocol in protocols:
             choice = {"mode": protocol.mode, "split": protocol.split}
             for trial in trials:
@@ -188,7 +189,7 @@ class Evaluation:
                 rows.setdefault(path, len(rows))
 
     def _short_cells(self) -> str:
-        """Say how many (id, camera) of the galleries have fewer images than the protocol takes."""
+        """Report how many (id, camera) of the galleries have fewer images than the protocol needs."""
         short = set()
         for (protocol, _), (_, gallery) in self.samples.items():
             cells, counts = np.unique([gallery.pids, gallery.camids], axis=1, return_counts=True)
@@ -196,23 +197,25 @@ class Evaluation:
         return f"{len(short)} (id, camera) of the galleries have too few images" if short else ""
 
     def warnings(self) -> list[str]:
-        """What a reader must know of the numbers: counts that are not the published ones, a lone identity."""
+        """Warnings for the reader of the results: unusual counts, or a gallery with a single identity."""
         lines = []
         for (protocol, _), counts in self.counts.items():
             published = PUBLISHED.get((protocol.dataset, protocol.mode, protocol.shot), {})
-            found = {name: getattr(counts, name) for name in published}
-            if found != published and protocol.split == "test" and not lines:
-                differing = (name for name in published if found[name] != published[name])
-                words = (f"{found[name]:,} {COUNTED[name]} ({published[name]:,})" for name in differing)
+            actual = {name: getattr(counts, name) for name in published}
+            if actual != published and protocol.split == "test" and not lines:
+                differing = (name for name in published if actual[name] != published[name])
+                words = (f"{actual[name]:,} {COUNTED[name]} ({published[name]:,})" for name in differing)
                 lines.append(f"{protocol.title}: not the published counts (in brackets): {', '.join(words)}")
         if any(counts.candidates == 1 for counts in self.counts.values()):
-            lines.append("a gallery of one identity: its numbers mean nothing, every ranking is right")
+            lines.append(
+                "a gallery has one identity only: its metrics mean nothing, since every ranking is right"
+            )
         return lines
 
     def all_samples(self, trial: int | None = None) -> list[Samples]:
-        """The queries and galleries of every protocol and trial (or of one trial), and those of `more`."""
-        chosen = [both for (_, number), both in self.samples.items() if trial in (None, number)]
-        return [samples for both in chosen for samples in both] + self.more
+        """The queries and galleries of every protocol and trial (or of one trial), and `more`."""
+        pairs = [pair for (_, number), pair in self.samples.items() if trial in (None, number)]
+        return [samples for pair in pairs for samples in pair] + self.more
 
     def features(
         self,
@@ -225,15 +228,20 @@ class Evaluation:
         trial: int | None = None,
         flip: bool = False,
     ) -> Features:
-        """Embed every image once, each process its share; of one trial only if it is given.
+        """Embed every image once. Each process embeds its share and gets all features.
 
         Args:
             model: in evaluation mode, on device.
+            device: of the model and the features.
             dtype: autocast's, None for float32.
-            batch_size: images that the network takes at a time.
+            batch_size: images per batch.
             workers: threads that decode images.
-            trial: whose images; the other rows are zeros.
-            flip: see model.extract_features; the features are then (2, number of images, D).
+            processes: the processes that share the work.
+            trial: embed only this trial's images, the other rows are zeros; None: all.
+            flip: see model.extract_features.
+
+        Returns:
+            {modality: (N, D) float32}, with flip (2, N, D); self.rows says which row belongs to a path.
         """
         features = {}
         for modality, rows in self.rows.items():
@@ -245,22 +253,22 @@ class Evaluation:
             if mine:
                 paths = list(rows)
                 source = [paths[row] for row in mine]
-                if modality in self.pixels:
-                    kept, places = self.pixels[modality], [row // processes.world_size for row in mine]
-                    source = kept if len(places) == len(kept) else kept[places]
+                if modality in self.pixels:  # decoded already, every world_size-th image in this process
+                    pixels, places = self.pixels[modality], [row // processes.world_size for row in mine]
+                    source = pixels if len(places) == len(pixels) else pixels[places]
                 batches = evaluation_batches(
                     source, self.height, self.width, batch_size, device, workers, self.pixel_range
                 )
                 shown = tqdm(batches, modality, math.ceil(len(mine) / batch_size), leave=False, disable=None)
-                own = extract_features(model, shown, modality, dtype, flip)
-                features[modality][..., torch.tensor(mine, device=device), :] = own
+                share = extract_features(model, shown, modality, dtype, flip)
+                features[modality][..., torch.tensor(mine, device=device), :] = share
             processes.all_reduce(features[modality])
         return features
 
     def load(self, workers: int, processes: Processes) -> None:
-        """Decode this process's share of all images and keep it (uint8) for every call of `features`.
+        """Decode this process's share of the images (uint8) once, for all calls of `features`.
 
-        UserError naming every image that cannot be read.
+        Raises UserError with every image that cannot be read.
         """
         for modality, rows in self.rows.items():
             paths = list(rows)[processes.rank :: processes.world_size]
@@ -274,9 +282,15 @@ class Evaluation:
     def score(
         self, features: Features, rerank: str | None = None, trial: int | None = None
     ) -> dict[Protocol, list[Metrics]]:
-        """The metrics of every protocol, one for each trial (or of one trial only).
+        """The metrics of every protocol, one per trial.
 
-        rerank: None or one of reranking.RERANKING. Raises UserError for a feature that is not finite.
+        Args:
+            features: of all images, as `features` returns them without flip.
+            rerank: a key of reranking.RERANKING; None: no re-ranking.
+            trial: score only this trial; None: all.
+
+        Raises:
+            UserError: a feature is not finite.
         """
         results: dict[Protocol, list[Metrics]] = {}
         for (protocol, number), (query, gallery) in self.samples.items():
@@ -288,37 +302,46 @@ class Evaluation:
             ]
             single = Trial(*unit, query.pids, gallery.pids, query.camids, gallery.camids)
             try:
-                found = evaluate_trials([single], protocol.rule, reranking_of(protocol, rerank))
+                metrics = evaluate_trials([single], protocol.rule, reranking_of(protocol, rerank))
             except ValueError as error:
                 raise UserError(f"{protocol.title}: {error}") from error
-            results.setdefault(protocol, []).extend(found)
+            results.setdefault(protocol, []).extend(metrics)
         return results
 
 
 def count(protocol: Protocol, query: Samples, gallery: Samples, root: str | os.PathLike) -> Counts:
-    """Count what a protocol's numbers are based on; UserError where no query has a match, or no camid."""
+    """Count the images and identities of a protocol and trial.
+
+    Args:
+        protocol: whose rules decide what a match is.
+        query, gallery: the images.
+        root: the dataset's folder, for messages.
+
+    Raises:
+        UserError: no query has a match; or --ignore-same-camera and an image without a camid.
+    """
     for samples in (query, gallery) if protocol.ignore_same_camera else ():
         if not samples.camids.all():
             path = samples.paths[int(np.argmin(samples.camids))]
-            raise UserError(f"--ignore-same-camera: no camid of {path}")
-    found = matched(protocol.rule, query.pids, gallery.pids, query.camids, gallery.camids)
-    if not found.any():
+            raise UserError(f"--ignore-same-camera: {path} has no camid")
+    has_match = matched(protocol.rule, query.pids, gallery.pids, query.camids, gallery.camids)
+    if not has_match.any():
         rule = "no id is in both queries and gallery"
         if np.isin(query.pids, gallery.pids).any():
             rule = {
-                "sysu": "every match is of camera 2, which queries of camera 3 ignore",
-                "llcm": "every match is of the query's own camera, which is ignored",
+                "sysu": "every match is from camera 2, which queries of camera 3 ignore",
+                "llcm": "every match is from the query's own camera, which is ignored",
             }[protocol.rule]
         raise UserError(f"{root}: {protocol.title}: no query has a match: {rule}")
     identities, candidates = np.union1d(query.pids, gallery.pids), np.unique(gallery.pids)
-    return Counts(len(query), len(gallery), len(identities), len(candidates), int(found.sum()))
+    return Counts(len(query), len(gallery), len(identities), len(candidates), int(has_match.sum()))
 
 
 def reranking_of(protocol: Protocol, name: str | None) -> Callable[[Array, Array], Array] | None:
-    """The function that re-ranks under a protocol; affinity inference takes the paper's neighbourhoods."""
+    """The re-ranking function for a protocol; affinity inference uses its paper's neighbourhood sizes."""
     if name != "aim":
         return RERANKING[name] if name else None
-    k1, k2 = 8, 2  # RegDB's; LLCM, which the paper has no numbers for, has galleries of a like kind
+    k1, k2 = 8, 2  # RegDB's; also for LLCM, which is not in the paper
     if protocol.dataset == "sysu":
         k1, k2 = (20, 6) if protocol.shot == 10 else {"all": (4, 1), "indoor": (2, 2)}[protocol.mode]
     return partial(affinity_inference, k1=k1, k2=k2)

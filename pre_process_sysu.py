@@ -2,8 +2,8 @@
 
     python pre_process_sysu.py --data-path DIR
 
-Writes train_{rgb,ir}_resized_{img,label}.npy, and train_resized.json, which tells them from the images that
-they were made from: the identities of train_id.txt and val_id.txt, 5 GB at the default size.
+Writes train_{rgb,ir}_resized_{img,label}.npy with the identities of train_id.txt and val_id.txt (5 GB at the
+default size), and train_resized.json, which records the images that they were made from.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def get_args_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0], parents=[data_flags()])
     parser.set_defaults(img_h=sysu.height, img_w=sysu.width)
     add = parser.add_argument
-    add("--output", metavar="DIR", help="folder for the arrays (that of SYSU-MM01, where train.py looks)")
+    add("--output", metavar="DIR", help="folder for the arrays (--data-path, where train.py looks)")
     add(
         "--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="values that become grey 0 and 255 in images of more than eight bits (found from the images)",
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     root = dataset_root("sysu", args.data_path)
     samples = train_samples("sysu", root)
-    paths = {modality: part.paths for modality, part in samples.items()}
+    paths = {modality: samples[modality].paths for modality in samples}
     pids = np.unique(samples["visible"].pids)
     output = args.output or root
     with tqdm(total=sum(map(len, paths.values())), unit="image") as bar:

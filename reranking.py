@@ -1,7 +1,7 @@
 """Re-ranking with sparse matrices: k-reciprocal encoding, affinity inference and graph propagation.
 
-Each takes query and gallery features and returns distances that rank anew. Re-ranked results do not compare
-with plain ones: what one query gets depends on the other images.
+Each function takes query and gallery features and returns new distances. Re-ranked results are not comparable
+with plain ones: the result of a query depends on the other images.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from devices import Array, as_features
 
 PAIRS = 2**19  # pairs of sparse entries compared at a time: 25 MB of temporaries
 SYMMETRIC = 192  # images in a block of the (N, N) distances
-BLOCK = 1024  # images whose similarities are calculated at a time
+BLOCK = 1024  # images whose similarities are computed at a time
 
 
 @torch.no_grad()
@@ -27,15 +27,15 @@ def k_reciprocal(
 ) -> Array:
     """Re-rank by k-reciprocal encoding: (1 - lambda) x Jaccard distance + lambda x original distance.
 
-    An image's k-reciprocal neighbours, expanded by those of its neighbours that mostly agree, become a sparse
-    vector of weights exp(-distance); the vectors of its k2 nearest images are averaged; the Jaccard distance
-    compares vectors. The original distance is squared Euclidean, each row divided by its largest entry.
-    Neighbours are ranked in half precision, as the released code does, whose results depend on it.
+    An image's k-reciprocal neighbours, expanded by the neighbours of those that mostly agree, become a sparse
+    vector of weights exp(-distance). The vectors of its k2 nearest images are averaged, and the Jaccard
+    distance compares vectors. The original distance is squared Euclidean, each row divided by its maximum.
+    Neighbours are ranked in half precision as in the released code, since its results depend on that.
 
     Args:
-        query_features, gallery_features: (Q, D) and (G, D), unit norm (half precision holds no large
-            distances); products run on their device, in float64.
-        k1, k2: neighbourhood sizes, cut to the number of images where that is smaller.
+        query_features, gallery_features: (Q, D) and (G, D), unit norm (half precision cannot represent large
+            distances); products are computed on their device, in float64.
+        k1, k2: neighbourhood sizes, at most the number of images.
         lambda_value: weight of the original distance, in [0, 1].
 
     Returns:
@@ -44,7 +44,7 @@ def k_reciprocal(
     Source: Zhong et al., Re-ranking Person Re-identification with k-reciprocal Encoding, CVPR 2017.
     """
     num_query, num = len(query_features), len(query_features) + len(gallery_features)
-    distances, halves = _distances(  # of features rounded as the released code does
+    distances, halves = _distances(  # of features rounded as in the released code
         torch.cat([as_features(query_features).half(), as_features(gallery_features).half()])
     )
     close_k = round(k1 / 2) + 1
@@ -63,7 +63,7 @@ def k_reciprocal(
 
     weights = distances[expanded.row, expanded.col].neg_().exp_().cpu().numpy()
     vectors = scipy.sparse.csr_matrix((weights, (expanded.row, expanded.col)), shape=(num, num))
-    total = vectors.sum(1).A1  # 0 where equal images crowd each other out
+    total = vectors.sum(1).A1  # 0 for images that equal ones push out of all neighbourhoods
     vectors = scipy.sparse.diags(1 / np.where(total > 0, total, 1)) @ vectors
     vectors = _indicator(nearest[:, :k2], num) @ vectors / min(k2, num)
 
@@ -77,17 +77,16 @@ def k_reciprocal(
 
 @torch.no_grad()
 def affinity_inference(query_features: Array, gallery_features: Array, k1: int = 4, k2: int = 1) -> Array:
-    """Re-rank by affinities to the gallery (AIM): the cosine similarity of affinities is added to the plain.
+    """Re-rank by affinities to the gallery (AIM): add the cosine similarity of affinities to the plain one.
 
-    An image's affinities are its similarities to the gallery images, all but the k1 largest set to 0. A
-    gallery image takes the mean of the affinities of its k2 nearest gallery images, itself among them. No
-    query knows of another.
+    An image's affinities are its similarities to the gallery images, with all but the k1 largest set to 0. A
+    gallery image gets the mean affinities of its k2 nearest gallery images, including itself. Queries do not
+    affect each other.
 
     Args:
         query_features, gallery_features: (Q, D) and (G, D), unit norm.
-        k1, k2: neighbourhood sizes, cut to G where that is smaller. The authors take about the number of an
-            identity's images in the gallery for k1: on SYSU-MM01 4 and 1 (all), 2 and 2 (indoor), 20 and 6
-            (multi-shot), on RegDB 8 and 2.
+        k1, k2: neighbourhood sizes, at most G. The authors choose k1 near the number of gallery images per
+            identity: 4 and 1 on SYSU-MM01 (all), 2 and 2 (indoor), 20 and 6 (multi-shot), 8 and 2 on RegDB.
 
     Returns:
         distmat (Q, G) float32, smaller is nearer: NumPy for NumPy features, else a tensor on their device.
@@ -110,14 +109,14 @@ def affinity_inference(query_features: Array, gallery_features: Array, k1: int =
 def graph_propagation(query_features: Array, gallery_features: Array, k1: int = 26, k2: int = 7) -> Array:
     """Re-rank by propagation in the graph of nearest images (GNN re-ranking).
 
-    Every image of queries and gallery begins as the vector (N,) with 1 at its k1 nearest images, itself
-    among them. Twice, the matrix of these vectors is added to its transpose, and each vector becomes the sum
-    of those of its image's k2 nearest, weighted by their similarities squared, and is normalised. The new
-    similarity is the cosine of two vectors.
+    Each query and gallery image starts as a vector (N,) with 1 at its k1 nearest images, including itself.
+    Twice, the matrix of these vectors is added to its transpose; then each vector becomes the sum of the
+    vectors of its k2 nearest images, weighted by squared similarity, and is normalised. The new similarity is
+    the cosine of two vectors.
 
     Args:
         query_features, gallery_features: (Q, D) and (G, D), unit norm.
-        k1, k2: neighbourhood sizes, cut to N where that is smaller; the defaults are Market-1501's.
+        k1, k2: neighbourhood sizes, at most N; the defaults are the authors' for Market-1501.
 
     Returns:
         distmat (Q, G) float32, smaller is nearer: NumPy for NumPy features, else a tensor on their device.
@@ -143,16 +142,16 @@ RERANKING = {"k-reciprocal": k_reciprocal, "aim": affinity_inference, "gnn": gra
 
 
 def _most_similar(features: torch.Tensor, others: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return each row's k largest cosine similarities (N, k) float32 to others (M, D), and their rows."""
+    """Return the k largest cosine similarities of each row to others (M, D): values and indices (N, k)."""
     k = min(k, len(others))
     with torch.autocast(features.device.type, enabled=False):
-        found = [(rows @ others.T).topk(k, dim=1) for rows in features.split(BLOCK)]
-    values, indices = (torch.cat(blocks).cpu().numpy() for blocks in zip(*found, strict=True))
+        largest = [(rows @ others.T).topk(k, dim=1) for rows in features.split(BLOCK)]
+    values, indices = (torch.cat(blocks).cpu().numpy() for blocks in zip(*largest, strict=True))
     return values, indices
 
 
 def _sparse(columns: np.ndarray, values: np.ndarray, width: int) -> scipy.sparse.csr_matrix:
-    """Return (N, width) with values (N, k) at columns (N, k) of each row, 0 elsewhere."""
+    """Return a matrix (N, width) with values (N, k) at columns (N, k) of each row."""
     num, k = columns.shape
     return scipy.sparse.csr_matrix(
         (values.ravel(), columns.ravel(), np.arange(num + 1) * k), shape=(num, width)
@@ -183,22 +182,22 @@ def _products(queries: scipy.sparse.csr_matrix, gallery: scipy.sparse.csr_matrix
 
 
 def _distances(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (N, N) Euclidean distances of (N, D): squared, float32, and as they are, float16; diagonals 0.
+    """Return (N, N) float32 squared Euclidean distances of (N, D), and their roots in float16.
 
-    Calculated in double precision and rounded once: by way of float32, a distance next to the middle of two
-    halves would at times become the other one, and which images are neighbours depends on it.
+    Both are computed in float64 and rounded once. Rounding to float32 first would sometimes give another
+    float16 value, and so other neighbours.
     """
     features = features.double()
     norms = torch.linalg.vecdot(features, features)
     squared = features.new_empty(len(features), len(features), dtype=torch.float32)
     halves = torch.empty_like(squared, dtype=torch.float16)
-    for block in torch.arange(len(features)).split(SYMMETRIC):  # each pair of blocks once
+    for block in torch.arange(len(features)).split(SYMMETRIC):  # the other half follows by symmetry
         here, rest = slice(int(block[0]), int(block[-1]) + 1), slice(int(block[0]), None)
         products = torch.addmm(norms[here], features[rest], features[here].T, alpha=-2)
         products.add_(norms[rest, None]).clamp_(min=0)
         single = products.float()
         squared[rest, here], squared[here, rest] = single, single.T
-        rounded = products.sqrt_().cpu().numpy().astype(np.float16)  # torch would go by way of float32
+        rounded = products.sqrt_().cpu().numpy().astype(np.float16)  # torch would round to float32 first
         rounded = torch.from_numpy(rounded).to(features.device)
         halves[rest, here], halves[here, rest] = rounded, rounded.T
     return squared.fill_diagonal_(0), halves.fill_diagonal_(0)
@@ -207,28 +206,31 @@ def _distances(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _nearest_in_half_precision(distances: torch.Tensor, sizes: list[int]) -> np.ndarray:
     """Return (N, max(sizes)) int64: the images nearest to each one, as the released code orders them.
 
-    It ranks distances in half precision, where many tie, by NumPy's unstable sort; its results depend on
-    which of them fall within the sizes, so that is kept. Only sets of neighbours matter: where no tie crosses
-    the border of one of the sizes any way of selecting gives the same, and sorting is kept for the other
-    rows. distances: (N, N) float16, overwritten.
+    The released code ranks distances in half precision, where many are equal, with NumPy's unstable sort. Its
+    results depend on which images are among the nearest, so this does the same. Only the sets of neighbours
+    matter: topk finds them unless a tie crosses one of the sizes; only the rows with such a tie are sorted.
+
+    Args:
+        distances: (N, N) float16, overwritten.
+        sizes: of the neighbourhoods that are needed.
     """
     most = min(max(sizes) + 1, len(distances))
     borders = torch.tensor([s for s in sizes if s < most], dtype=torch.int64, device=distances.device)
     threads = torch.get_num_threads()
-    found = []
+    blocks = []
     with ThreadPoolExecutor(threads) as pool:
         for rows in distances.split(SYMMETRIC):
             rounded = rows.square_()
             rounded.div_(rounded.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float16).tiny))
             values, nearest = rounded.float().topk(most, dim=1, largest=False)
             tied = (values[:, borders - 1] == values[:, borders]).any(1).nonzero()[:, 0]
-            # NumPy sorts unsigned integers exactly as it sorts the halves whose bits they are, but faster.
+            # NumPy sorts the bits of float16 values, as unsigned integers, in the same order, but faster.
             bits = np.array_split(rounded[tied].cpu().numpy().view(np.uint16), max(threads, SYMMETRIC // 16))
             nearest = nearest[:, : max(sizes)].cpu().numpy()
             ordered = pool.map(lambda rows: np.argsort(rows, axis=1)[:, : max(sizes)], bits)
             nearest[tied.cpu().numpy()] = np.concatenate(list(ordered))
-            found.append(nearest)
-    return np.concatenate(found)
+            blocks.append(nearest)
+    return np.concatenate(blocks)
 
 
 def _reciprocal(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
@@ -240,7 +242,7 @@ def _reciprocal(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
 def _minimum_sums(queries: scipy.sparse.csr_matrix, gallery: scipy.sparse.csc_matrix) -> np.ndarray:
     """Return (Q, G) float32: the sum over columns of min(queries[q], gallery[g]), for (Q, N) and (G, N).
 
-    Each entry of a query meets the few gallery entries of its column: PAIRS such meetings at a time.
+    Each entry of a query is compared with the few gallery entries in its column, PAIRS pairs at a time.
     """
     num_gallery = gallery.shape[0]
     sums = np.empty((queries.shape[0], num_gallery), dtype=np.float32)

@@ -1,8 +1,7 @@
 """Synthetic visible-infrared re-identification datasets as image files; `python -m synthetic` draws one.
 
 The folder has the exact layout of SYSU-MM01, RegDB or LLCM (docs/method.md, section 8), or that of own images
-(docs/own-data.md), so that every script of this project reads it as it would the real one. people.py draws
-the images.
+(docs/own-data.md), so that every script of this project can read it. people.py draws the images.
 """
 
 import io
@@ -36,7 +35,7 @@ TRIALS = 10  # RegDB's splits, and the permutations of rand_perm_cam.mat
 
 @dataclass(frozen=True)
 class Photo:
-    """One image to draw: its file below the dataset's root, and what it shows; index counts from 0."""
+    """An image to draw: its path relative to the dataset's root, and what it shows; index counts from 0."""
 
     path: str
     pid: int
@@ -47,7 +46,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Plan:
-    """A dataset before it is drawn: its images and its other files (name below the root -> content)."""
+    """A dataset to draw: its images, and its other files {path relative to the root: content}."""
 
     dataset: str
     photos: list[Photo]
@@ -56,13 +55,13 @@ class Plan:
 
 
 def _attendance(rng: np.random.Generator, cameras: tuple[int, ...]) -> list[int]:
-    """The cameras that saw an identity: as in the real sets not always all of them, but most."""
+    """The cameras that saw an identity: most, but not always all, as in the real datasets."""
     missing = rng.integers(0, (len(cameras) + 2) // 4 + 1) if len(cameras) > 1 else 0
     return sorted(rng.permutation(cameras)[missing:].tolist())
 
 
 def _sparse_pids(rng: np.random.Generator, count: int) -> list[int]:
-    """count pids in random order from 1 upward with gaps, as in the real sets, where a pid is not a label."""
+    """count pids from 1 upward, with gaps as in the real datasets, where a pid is not a label; shuffled."""
     return rng.permutation(np.arange(1, count + count // 10 + 2))[:count].tolist()
 
 
@@ -71,7 +70,7 @@ def _line(pids: list[int]) -> str:
 
 
 def plan_sysu(identities: int, test_identities: int, images: int, seed: int) -> Plan:
-    """SYSU-MM01's layout; a fifth of the training identities (at least one) are validation's."""
+    """SYSU-MM01's layout; a fifth of the training identities (at least one) is for validation."""
     rng = np.random.default_rng([seed, SPLIT])
     pids = _sparse_pids(rng, identities + test_identities)
     held = max(1, identities // 5)
@@ -151,7 +150,15 @@ PLANS = {"sysu": plan_sysu, "regdb": plan_regdb, "llcm": plan_llcm, "folder": pl
 
 
 def draw_photo(photo: Photo, root: str, dataset: str, seed: int, height: int, width: int) -> None:
-    """Draw one image file; its bytes depend on the arguments alone."""
+    """Draw one image file. Its bytes depend only on the arguments.
+
+    Args:
+        photo: what to draw.
+        root: the dataset's folder.
+        dataset: a key of PLANS; RegDB's infrared images are thermal.
+        seed: of the dataset.
+        height, width: of the image, in pixels.
+    """
     camera = make_camera(seed, photo.modality, photo.camid, thermal=dataset == "regdb")
     rng = np.random.default_rng([seed, MOMENT, camera.key[2], photo.pid, photo.camid, photo.index])
     image = render(make_identity(seed, photo.pid), camera, rng, height, width)
@@ -161,23 +168,23 @@ def draw_photo(photo: Photo, root: str, dataset: str, seed: int, height: int, wi
 def draw_dataset(
     plan: Plan, root: str | os.PathLike, seed: int = 0, height: int = 160, width: int = 64, workers: int = 1
 ) -> None:
-    """Draw a planned dataset into the folder root, whole or not at all.
+    """Draw a planned dataset into the folder root, completely or not at all.
 
     Args:
         plan: what to draw, from one of PLANS.
-        root: a folder that does not exist yet or is empty.
-        seed: same seed and plan, same bytes, whatever the number of workers.
+        root: a new or empty folder.
+        seed: the same seed and plan give the same bytes, with any number of workers.
         height, width: of the images, in pixels.
-        workers: processes that draw; with 0 or 1 this process does.
+        workers: processes that draw; 0 or 1: only this process.
 
     Raises:
-        UserError: root holds something already, or cannot be written.
+        UserError: root is not empty, or cannot be written.
     """
     root = Path(root)
     temporary = None
     try:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise UserError(f"--data-path {root}: exists and is not an empty folder; nothing was drawn")
+            raise UserError(f"--data-path {root}: not an empty folder; nothing was drawn")
         root.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".part", dir=root.parent))
         inside = temporary / "dataset"  # mkdtemp's folder is private; this one has the usual permissions
@@ -218,10 +225,16 @@ def _draw_all(plan: Plan, root: Path, seed: int, height: int, width: int, worker
 
 
 def contact_sheet(plan: Plan, root: str | os.PathLike, path: str | os.PathLike, identities: int = 8) -> None:
-    """Write a picture of a drawn dataset: a row for each of some identities, a column for each camera.
+    """Write a picture of a drawn dataset: a row per identity, a column per camera (several if there are few).
 
-    The rows are the identities that the most cameras saw; with few cameras each gets several columns.
-    Raises UserError if path cannot be written.
+    Args:
+        plan: of the dataset.
+        root: the dataset's folder.
+        path: of the picture, a PNG file.
+        identities: rows; those that most cameras saw are shown.
+
+    Raises:
+        UserError: path cannot be written.
     """
     cameras = sorted({(photo.modality != "visible", photo.camid) for photo in plan.photos})
     repeats = max(1, 6 // len(cameras))

@@ -26,10 +26,10 @@ def get_args_parser() -> Parser:
     add("--data-path", required=True, metavar="DIR", help="folder to draw into: new or empty")
     add("--identities", type=some, metavar="N", help=f"training identities ({train})")
     add("--test-identities", type=some, metavar="N", help=f"test identities ({test})")
-    add("--images", type=one, metavar="N", help=f"images of an identity by a camera ({images})")
-    add("--img-h", type=at_least(16), default=160, metavar="PIXELS", help="their height (160)")
-    add("--img-w", type=at_least(8), default=64, metavar="PIXELS", help="their width (64)")
-    add("--seed", type=seed_number, default=0, metavar="N", help="same seed, same bytes (0)")
+    add("--images", type=one, metavar="N", help=f"images per identity and camera ({images})")
+    add("--img-h", type=at_least(16), default=160, metavar="PIXELS", help="image height (160)")
+    add("--img-w", type=at_least(8), default=64, metavar="PIXELS", help="image width (64)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="the same seed gives the same bytes (0)")
     add(
         "--workers",
         type=at_least(0),
@@ -46,7 +46,7 @@ def get_args_parser() -> Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draw the dataset that the command line asks for, and say what was drawn."""
+    """Draw the dataset of a command line and print what was drawn."""
     given = (args.identities, args.test_identities, args.images)
     sizes = [
         default if value is None else value for value, default in zip(given, SIZES[args.dataset], strict=True)

@@ -1,10 +1,11 @@
 """Drawings of people: an identity, a camera and a moment make an image, visible, near-infrared or thermal.
 
-An identity has lasting traits (build, hair, garments, bag, shoes); a camera a viewpoint, backgrounds, light,
-blur and noise; a moment a pose, a shift, its light and perhaps an occlusion. Every surface has a visible
-colour, a near-infrared reflectance and a warmth. Those of plain cloth are drawn independently of each other,
-so that colour helps within the visible modality and misleads across, while shape, cut, pattern and material
-carry over; of a pattern's two inks the same one is the lighter in visible light and in near infrared.
+An identity has lasting traits (build, hair, garments, bag, shoes). A camera has a viewpoint, backgrounds,
+light, blur and noise. A moment has a pose, a shift, its light and perhaps an occlusion. Every surface has a
+visible colour, a near-infrared reflectance and a warmth. For plain cloth they are drawn independently, so
+colour helps within the visible modality and misleads across modalities, while shape, cut, pattern and
+material are the same in both. Of a pattern's two inks, the same one is lighter in visible light and in near
+infrared.
 """
 
 import math
@@ -16,13 +17,13 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 SUPERSAMPLE = 2  # drawn pixels per image pixel and axis
-# The first number after the seed in each generator's key, so that no two kinds of draws share a stream.
+# The second number in each generator's seed, so that no two kinds of draws share random numbers.
 SPLIT, IDENTITY, CAMERA, BACKGROUND, MOMENT = range(5)
 
-Point = tuple[float, float, float]  # lateral, up, forward, in body heights; the origin is between the feet
+Point = tuple[float, float, float]  # lateral, up, forward, in body heights from the point between the feet
 
 
-# ---------------------------------------------------------------------------- what there is to draw
+# ---------------------------------------------------------------------------- identities and cameras
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Ink:
 
 @dataclass(frozen=True)
 class Cloth:
-    """A surface with a pattern of two inks; period in body heights; gloss and quilt are the material's."""
+    """A surface with a pattern of two inks; period in body heights; gloss and quilt are of the material."""
 
     ink: Ink
     accent: Ink
@@ -48,7 +49,7 @@ class Cloth:
 
 @dataclass(frozen=True)
 class Identity:
-    """The lasting traits of a person; lengths in heights of an average person."""
+    """The lasting traits of a person; lengths are in heights of an average person."""
 
     height: float
     girth: float
@@ -61,9 +62,7 @@ class Identity:
     top: Cloth
     sleeves: str
     hem: float
-    opening: (
-        float  # half the angle, in radians, at which an open garment shows the shirt below it; 0 = closed
-    )
+    opening: float  # half angle, in radians, at which an open garment shows the shirt below; 0: closed
     inner: Cloth
     bottom: Cloth
     bottom_cut: str
@@ -75,10 +74,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Camera:
-    """What is the same in all images of a camera; spectrum is "visible", "infrared" or "thermal"."""
+    """What all images of a camera share; spectrum is "visible", "infrared" or "thermal"."""
 
     spectrum: str
-    key: tuple[int, ...]  # of its backgrounds' generators
+    key: tuple[int, ...]  # seed of its backgrounds
     facing: float
     elevation: float
     light: float
@@ -112,8 +111,8 @@ def _colour(rng: np.random.Generator, palette: list) -> tuple[float, float, floa
 def _cloth(
     rng: np.random.Generator, pattern: str = "plain", warmth: tuple[float, float] = (0.3, 0.75)
 ) -> Cloth:
-    """A garment's surface: the material decides gloss, quilting and which ink of a pattern is the lighter."""
-    lighter = rng.choice([-1, 1])  # the accent, or the ink that it is on
+    """A random surface of a garment, with gloss, quilting and the two inks of a pattern."""
+    lighter = rng.choice([-1, 1])  # which ink is lighter: the accent (1) or the other (-1)
     ink, accent = _colour(rng, PALETTE), _colour(rng, PALETTE)
     while lighter * (np.mean(accent) - np.mean(ink)) < 0.25:  # so that a grey picture shows the pattern too
         ink, accent = _colour(rng, PALETTE), _colour(rng, PALETTE)
@@ -139,7 +138,7 @@ def _plain(colour: tuple[float, float, float], infrared: float, thermal: float, 
 
 
 def make_identity(seed: int, pid: int) -> Identity:
-    """Return the lasting traits of person pid: the same for the same (seed, pid), whatever else is drawn."""
+    """Return the lasting traits of person pid; they depend only on (seed, pid)."""
     rng = np.random.default_rng([seed, IDENTITY, pid])
     top = _pick(rng, vest=1.5, shirt=2, longsleeve=2, jacket=2, coat=2)
     pattern = _pick(
@@ -170,16 +169,23 @@ def make_identity(seed: int, pid: int) -> Identity:
 
 
 def make_camera(seed: int, modality: str, camid: int, thermal: bool = False) -> Camera:
-    """Return what a camera's images share; thermal: its infrared sees warmth, as RegDB's does."""
+    """Return what a camera's images share.
+
+    Args:
+        seed: of the dataset.
+        modality: "visible" or "infrared".
+        camid: number of the camera.
+        thermal: infrared images show warmth, as RegDB's do.
+    """
     key = (seed, BACKGROUND, ("visible", "infrared").index(modality), camid)
     rng = np.random.default_rng([seed, CAMERA, *key[2:]])
     visible = modality == "visible"
     return Camera(
         spectrum="thermal" if thermal and not visible else modality,
         key=key,
-        facing=rng.uniform(-0.5, 0.5),  # cameras watch people come
+        facing=rng.uniform(-0.5, 0.5),  # people come towards the camera
         elevation=rng.uniform(0.05, 0.25),
-        light=rng.uniform(-1.0, 1.0) * visible,  # the illuminator sits beside the infrared camera's lens
+        light=rng.uniform(-1.0, 1.0) * visible,  # an infrared camera's illuminator is next to its lens
         brightness=rng.uniform(0.7, 1.15) if visible else rng.uniform(0.8, 1.1),
         contrast=rng.uniform(0.75, 1.1),
         saturation=rng.uniform(0.1, 0.5),
@@ -204,7 +210,7 @@ def _pattern(cloth: Cloth, around: np.ndarray, along: np.ndarray, azimuth: np.nd
         return ((a < period / 2) * 0.5 + (b < period / 2) * 0.5) ** 1.3
     if cloth.pattern == "dots":
         return np.hypot(a - period / 2, b - period / 2) < 0.33 * period
-    if cloth.pattern == "print":  # on the chest and on the back, so that either view tells it
+    if cloth.pattern == "print":  # on the chest and on the back, visible from both sides
         front = np.abs((azimuth + math.pi / 2) % math.pi - math.pi / 2)
         return np.hypot(front / 0.75, (along - 0.17) / 0.065) < 1
     if cloth.pattern == "yoke":
@@ -229,7 +235,7 @@ class Canvas:
         return np.atleast_1d(np.float32(getattr(ink, self.camera.spectrum)))
 
     def blend(self, where: tuple, alpha: np.ndarray, colour: np.ndarray) -> None:
-        """Mix colour into the pixels at where; alpha, in [0, 1], is its share."""
+        """Mix colour into the pixels at where, with the share alpha in [0, 1]."""
         self.pixels[where] += alpha[..., None] * (colour - self.pixels[where])
 
     def tube(
@@ -237,10 +243,14 @@ class Canvas:
     ):
         """Draw a round body between two points: limbs, torsos, skirts, heads and bags are all tubes.
 
-        start and end are (x, y) in pixels; radii (in pixels, at equal distances along the axis) its outline;
-        unit the pixels of a body height; turn the angle, in radians, by which the body's front is turned away
-        from the lens; cap rounds the ends; opening is the half angle, in radians, around the body's front at
-        which the cloth `inner` shows instead.
+        Args:
+            start, end: (x, y) in pixels.
+            radii: the outline, in pixels, at equal distances along the axis.
+            cloth: the surface.
+            unit: pixels per body height.
+            turn: angle, in radians, by which the front is turned away from the camera.
+            cap: round the ends.
+            inner, opening: within this half angle around the front, in radians, the cloth inner shows.
         """
         radii = np.asarray(radii, np.float32)
         (x0, y0), (x1, y1) = start, end
@@ -271,7 +281,7 @@ class Canvas:
         self.blend((rows, columns), alpha, colour * self._shade(cloth, angle, along / unit)[..., None])
 
     def _shade(self, cloth: Cloth, angle: np.ndarray, along: np.ndarray) -> np.ndarray:
-        """Light on a round surface: side light by day, the lens's own in infrared, almost none in thermal."""
+        """Light on a round surface: from the side, in infrared from the camera, almost none in thermal."""
         if self.camera.spectrum == "thermal":
             return 0.9 + 0.1 * np.cos(angle)
         toward = np.cos(angle - self.camera.light)
@@ -357,13 +367,13 @@ def _draw_background(canvas: Canvas, rng: np.random.Generator) -> None:
     canvas.blend(everywhere, ground, canvas.ink(floor) * (1 - 0.25 * paving[..., None]))
     canvas.pixels *= (1 + 0.10 * canvas.soft_noise(rng, 5) + 0.04 * canvas.soft_noise(rng, 40))[..., None]
     tone = canvas.pixels.mean((0, 1))
-    canvas.pixels[:] = tone + 0.6 * (canvas.pixels - tone)  # hazier than the person in front of it
-    if canvas.camera.spectrum == "infrared":  # what is far from the illuminator gets less of it
+    canvas.pixels[:] = tone + 0.6 * (canvas.pixels - tone)  # less contrast than the person in front
+    if canvas.camera.spectrum == "infrared":  # the background is far from the illuminator
         canvas.pixels *= rng.uniform(0.45, 0.9)
 
 
 class _Figure:
-    """Projects the body's points and collects its tubes, which are then drawn from far to near."""
+    """Projects points of the body and collects its tubes, then draws them from far to near."""
 
     def __init__(self, canvas: Canvas, facing: float, foot: tuple[float, float], unit: float):
         self.canvas, self.facing, self.foot, self.unit = canvas, facing, foot, unit
@@ -374,17 +384,17 @@ class _Figure:
         lateral, up, forward = point
         cos, sin, tilt = math.cos(self.facing), math.sin(self.facing), self.canvas.camera.elevation
         near = forward * cos - lateral * sin
-        scale = self.unit * (1 + tilt * (up - 0.5))  # seen from above, what is high is near
+        scale = self.unit * (1 + tilt * (up - 0.5))  # seen from above, the head is nearer than the feet
         drop = up + 0.5 * tilt * up * (up - 1) - 0.5 * tilt * near
         x = self.foot[0] + scale * (lateral * cos + forward * sin)
         return (x, self.foot[1] - self.unit * drop), scale, near
 
     def around(self, wide: float, deep: float) -> float:
-        """Half the width that an elliptic cross-section shows from where the camera stands."""
+        """Half the width of an elliptic cross-section as the camera sees it."""
         return math.hypot(wide * math.cos(self.facing), deep * math.sin(self.facing))
 
     def add(self, start: Point, end: Point, radii, cloth: Cloth, layer: float = 0.0, **style) -> None:
-        """Collect a tube; radii in body heights; layer is added to its depth."""
+        """Collect a tube; radii are in body heights; layer is added to its depth."""
         a, scale_a, near_a = self.project(start)
         b, scale_b, near_b = self.project(end)
         radii = np.asarray(radii) * np.linspace(scale_a, scale_b, len(radii))
@@ -585,9 +595,9 @@ def render(
     """Draw one image of a person.
 
     Args:
-        who: the lasting traits, as make_identity returns them.
-        camera: as make_camera returns it; its spectrum decides which side of every surface is seen.
-        rng: source of the moment: pose, place in the frame, background, occlusion, noise.
+        who: from make_identity.
+        camera: from make_camera.
+        rng: draws the moment: pose, position, background, occlusion, noise.
         height, width: of the image, in pixels.
 
     Returns:
@@ -599,7 +609,7 @@ def render(
 
     anywhere = rng.random() < 0.03
     facing = rng.uniform(-math.pi, math.pi) if anywhere else camera.facing + rng.normal(0, 0.2)
-    frame = min(tall, 2.4 * broad)  # a square frame still holds the whole person
+    frame = min(tall, 2.4 * broad)  # a square image still shows the complete person
     unit = 0.9 * frame * who.height * rng.uniform(0.97, 1.03)
     foot = (broad * (0.5 + rng.normal(0, 0.03)), tall * (0.965 + rng.normal(0, 0.01)))
     shadow = _plain((0.1, 0.1, 0.1), 0.05, 0.2)
@@ -623,7 +633,7 @@ def render(
 
 
 def _develop(canvas: Canvas, rng: np.random.Generator) -> Image.Image:
-    """From reflectance to the file's pixels: illumination, sensor, optics, noise, 8 bits."""
+    """Turn reflectance into pixels: illumination, sensor, optics, noise, eight bits."""
     camera = canvas.camera
     pixels = canvas.pixels
     tall, broad, channels = pixels.shape
@@ -633,13 +643,13 @@ def _develop(canvas: Canvas, rng: np.random.Generator) -> Image.Image:
     elif camera.spectrum == "infrared":
         centre = rng.normal(0, 0.3, 2)
         squared = 0.7 * (x - centre[0]) ** 2 + (y - centre[1]) ** 2
-        light = 1.15 / (1 + rng.uniform(0.4, 0.9) * squared)  # weaker with distance, and nowhere none
+        light = 1.15 / (1 + rng.uniform(0.4, 0.9) * squared)  # weaker with distance, but never zero
     else:
         light = np.ones_like(x)
     grey = pixels.mean(axis=2, keepdims=True)
     pixels = (grey + camera.saturation * (pixels - grey)) * light[..., None]
     pixels = pixels * np.float32(camera.cast) * rng.normal(1, 0.12, channels) * camera.brightness
-    pixels = pixels * math.exp(rng.uniform(-0.45, 0.45))  # automatic exposure is not a trait of the person
+    pixels = pixels * math.exp(rng.uniform(-0.45, 0.45))  # automatic exposure, different in every image
     pixels = 0.5 + (pixels - 0.5) * camera.contrast
     pixels = pixels.reshape(
         tall // SUPERSAMPLE, SUPERSAMPLE, broad // SUPERSAMPLE, SUPERSAMPLE, channels

@@ -36,7 +36,7 @@ def test_check_counts_a_partial_sysu(tmp_path):
     assert row(lines, "train+val", "infrared", "all") == ["3", "395", "12", "11,909", "differs"]
     assert row(lines, "test", "visible", "5") == ["1", "-", "2", "1,918", "differs"]
     assert row(lines, "test", "infrared", "all") == ["2", "-", "8", "3,803", "differs"]
-    assert lines[-1] == "not complete: counts that differ 12, problems 0"
+    assert lines[-1] == "not complete: 12 counts differ, 0 problems"
     assert len({line.find("published") for line in lines if "published" in line}) == 1
 
 
@@ -62,7 +62,7 @@ def test_check_passes_what_matches_and_lists_every_problem(tmp_path, monkeypatch
     (root / "cam1/0002/0001.jpg").write_bytes(whole[: len(whole) - 300])
     lines, complete = check("sysu", root)
     assert not complete
-    assert lines[-1] == "not complete: counts that differ 0, problems 1"
+    assert lines[-1] == "not complete: 0 counts differ, 1 problems"
     (root / "cam2/0003/0002.jpg").write_bytes(b"")
     (root / "cam3/0007/0009.jpg").symlink_to(root / "gone.jpg")
     (root / "cam6/0007/0010.png").mkdir()

@@ -39,7 +39,7 @@ def test_the_demo(tiny, tmp_path, capfd):
         assert rows[name] == [f"{100 * value:.2f}" for value in values]
     assert 0 < float(rows["chance"][2]) < 100
     page = folder / "report" / "index.html"
-    assert out.splitlines()[-1] == f"see for yourself: open {page} in a browser"
+    assert out.splitlines()[-1] == f"report: open {page} in a browser"
     assert f"{100 * mean['cmc'][0]:.2f}" in page.read_text(encoding="utf-8")
 
 
@@ -53,10 +53,10 @@ def test_a_second_demo_draws_only_for_another_seed(tmp_path, monkeypatch, capsys
         args = demo.get_args_parser().parse_args(["--output", str(tmp_path), "--seed", str(seed)])
         with pytest.raises(UserError, match=first):
             demo.main(args)
-        assert ("is there already" in capsys.readouterr().out) == (seed == 3)
+        assert ("exists and is used again" in capsys.readouterr().out) == (seed == 3)
 
 
 def test_a_script_that_fails_ends_the_demo(tmp_path, capfd):
-    with pytest.raises(UserError, match=r"pre_process_sysu\.py ended with status 2, see above"):
+    with pytest.raises(UserError, match=r"pre_process_sysu\.py failed with status 2, see above"):
         demo.run("pre_process_sysu.py", "--data-path", tmp_path / "nowhere")
     assert "nowhere" in capfd.readouterr().err

@@ -213,7 +213,7 @@ def test_counts_that_are_not_the_published_ones_are_one_warning(sysu):
 
 def test_a_gallery_of_one_identity_means_nothing(tmp_path):
     evaluated = Evaluation(sysu_tree(tmp_path / "sysu", (1, 6), pids=(4,)), [ALL], [0], 32, 16)
-    assert evaluated.warnings()[1].startswith("a gallery of one identity: its numbers mean nothing")
+    assert evaluated.warnings()[1].startswith("a gallery has one identity only: its metrics mean nothing")
 
 
 def no_match_of_sysu(tmp_path):

@@ -219,7 +219,7 @@ def test_bad_input_is_told(report_here, runs, sysu, tmp_path):
         (r"no file at .*nowhere\.t", "--resume", "nowhere.t", "--output", "o"),
         (r"--queries: no query of pid 99999", *good, "--output", "o", "--queries", "99999"),
         (r"--queries: middling is neither", *good, "--output", "o", "--queries", "middling"),
-        (r"--trial 11: those of SYSU-MM01 are 0 to 9", *good, "--output", "o", "--trial", "11"),
+        (r"--trial 11: SYSU-MM01 has the trials 0 to 9", *good, "--output", "o", "--trial", "11"),
         (r"--log-path .*: no log at", *good, "--output", "o", "--log-path", tmp_path),
         (r"the same checkpoint twice", "--resume", runs[0], runs[0], "--output", "o"),
         (r"no RegDB here", *good, "--output", "o", "--dataset", "regdb"),

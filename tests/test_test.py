@@ -372,7 +372,7 @@ def test_a_model_that_was_trained_elsewhere_is_tested_on_every_trial(tiny, regdb
 def test_a_model_of_unknown_training_needs_a_trial(tiny, regdb, evaluate, tmp_path, facts):
     flags = "--resume", write_tiny(tmp_path / "u.t", **facts), "--data-path", regdb, "--dataset", "regdb"
     size = "--img-h", 32, "--img-w", 16
-    with pytest.raises(UserError, match=r"u\.t does not say what it was trained on: give --trial N"):
+    with pytest.raises(UserError, match=r"u\.t does not record its trial: set --trial N"):
         evaluate(*flags)
     assert "one model for all" in evaluate(*flags, *size, "--trial", "all").out.splitlines()[0]
     assert "trial 3 alone" in evaluate(*flags, *size, "--trial", 3).out.splitlines()[0]
@@ -591,11 +591,11 @@ def test_bad_input_is_refused_in_one_line(sysu, regdb, sysu_flags, trials_of_reg
     (tmp_path / "empty").mkdir()
     refused = [
         ("no file at", "--resume", tmp_path / "none.t", *rest),
-        ("not a complete file of torch.save's", "--resume", tmp_path / "file", *rest),
+        ("not a complete file of torch.save", "--resume", tmp_path / "file", *rest),
         ("no checkpoint at .* for trial 1, 2, .*10", "--resume", "nothing_trial_{trial}_best.t"),
         ("only RegDB has", "--resume", "x_{trial}_best.t", "--dataset", "sysu", *rest),
-        ("--trial 10: those of SYSU-MM01 are 0 to 9", *sysu_flags, "--trial", 10),
-        ("--trial 0: those of RegDB are 1 to 10", *regdb_flags, "--trial", 0),
+        ("--trial 10: SYSU-MM01 has the trials 0 to 9", *sysu_flags, "--trial", 10),
+        ("--trial 0: RegDB has the trials 1 to 10", *regdb_flags, "--trial", 0),
         ("--trial x", *regdb_flags, "--trial", "x"),
         ("--mode indoor: choose from visible-to", *regdb_flags, "--mode", "indoor"),
         ("--mode nowhere: choose from all, indoor", *sysu_flags, "--mode", "nowhere"),
@@ -603,7 +603,7 @@ def test_bad_input_is_refused_in_one_line(sysu, regdb, sysu_flags, trials_of_reg
         ("--galleries published", *regdb_flags, "--galleries", "published"),
         ("--save-mat is for SYSU-MM01", *regdb_flags, "--save-mat", tmp_path / "mat"),
         ("--save-features: .*--trial N", *regdb_flags, "--save-features", tmp_path / "f.npz"),
-        ("no SYSU-MM01 here", resume, path, "--data-path", tmp_path / "nowhere"),
+        ("SYSU-MM01 not found", resume, path, "--data-path", tmp_path / "nowhere"),
         ("cannot write in .*file", *sysu_flags, "--json", tmp_path / "file" / "r.json"),
         ("cannot write .*empty: it is a folder", *sysu_flags, "--json", tmp_path / "empty"),
         ("cannot write in .*file", *sysu_flags, "--save-mat", tmp_path / "file"),

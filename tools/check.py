@@ -1,8 +1,8 @@
-"""Check whether a dataset is complete: its counts against the published ones, every image decoded.
+"""Check whether a dataset is complete: compare its counts with the published ones and decode every image.
 
     python -m tools.check --dataset sysu --data-path DIR
 
-Exit status 0: complete; 1: not complete; 2: there is no such dataset.
+Exit status 0: complete; 1: not complete; 2: dataset not found.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from utils import Parser, UserError, at_least, log_to_terminal, run_script, seed
 
 Splits = dict[str, dict[str, Samples]]  # split -> modality -> images; RegDB's are "train 1", "test 1", …
 
-# (splits, modality, camera) -> (identities, images); None where no number is published.
+# (splits, modality, camera) -> (identities, images); None: not published.
 PUBLISHED = {
     "sysu": {
         (("train",), "both", "all"): (296, None),
@@ -50,19 +50,19 @@ PUBLISHED = {
         (("train", "test"), "both", "all"): (1064, 46767),
     },
 }
-CLUTTER = {"thumbs.db", "desktop.ini", "ehthumbs.db"}  # what systems leave in folders, besides hidden files
+CLUTTER = {"thumbs.db", "desktop.ini", "ehthumbs.db"}  # files of operating systems, besides hidden files
 
 
 def check(name: str, root: str | os.PathLike) -> tuple[list[str], bool]:
-    """Compare a dataset with what is published and decode every image: (lines to print, complete).
+    """Compare a dataset with the published counts and decode every image: (lines to print, complete).
 
-    Complete: every published count matches and there is no problem: an id without images, an id or image in
-    two splits, a wrong index line, an image that cannot be decoded. Files and ids that no split takes are
-    noted only.
+    Complete means: every published count matches and there are no problems, such as an id without images, an
+    id or image in two splits, a malformed index line or a broken image. Files and ids in no split are only
+    noted.
     """
     problems: list[str] = []
     splits = read_splits(name, root, problems)
-    paths = {path for parts in splits.values() for part in parts.values() for path in part.paths}
+    paths = {path for split in splits.values() for images in split.values() for path in images.paths}
     problems = [*dict.fromkeys(problems), *unreadable(sorted(paths))]  # two splits may share a problem
     rows = count_rows(splits, PUBLISHED.get(name, {}))
     wrong = sum(row[-1] == "differs" for row in rows)
@@ -78,14 +78,12 @@ def check(name: str, root: str | os.PathLike) -> tuple[list[str], bool]:
     lines += [f"problem: {problem}" for problem in problems]
     lines += [f"note: {root}: {note}" for note in (not_taken(name, root, paths) if paths else ())]
     complete = not wrong and not problems
-    lines.append(
-        "complete" if complete else f"not complete: counts that differ {wrong}, problems {len(problems)}"
-    )
+    lines.append("complete" if complete else f"not complete: {wrong} counts differ, {len(problems)} problems")
     return lines, complete
 
 
 def read_splits(name: str, root: str | os.PathLike, problems: list[str]) -> Splits:
-    """Every split that can be read; what is wrong is appended to problems."""
+    """Read every split that can be read; append what is wrong to problems."""
 
     def attempt(function: Callable, *args: object) -> dict | None:
         try:
@@ -103,7 +101,7 @@ def read_splits(name: str, root: str | os.PathLike, problems: list[str]) -> Spli
         attempt(refuse_shared, trial)
     if name == "sysu":
         attempt(refuse_shared, None, "val")
-    return {title: parts for title, parts in splits.items() if parts is not None}
+    return {title: split for title, split in splits.items() if split is not None}
 
 
 def count_rows(splits: Splits, published: dict) -> list[tuple[str, ...]]:
@@ -111,9 +109,9 @@ def count_rows(splits: Splits, published: dict) -> list[tuple[str, ...]]:
     counts = {key: (set(), []) for key in published}  # (splits, modality, camera) -> {(split, pid)}, [images]
     groups = list(dict.fromkeys([*((split,) for split in splits), *(key[0] for key in published)]))
     for group, split in [(together, split) for together in groups for split in together]:
-        for modality, part in splits.get(split, {}).items():
-            for camid in np.unique(part.camids):
-                pids = part.pids[part.camids == camid].tolist()
+        for modality, samples in splits.get(split, {}).items():
+            for camid in np.unique(samples.camids):
+                pids = samples.pids[samples.camids == camid].tolist()
                 camera = (group, modality, str(camid))
                 if len(group) == 1:
                     counts.setdefault(camera, (set(), []))
@@ -125,16 +123,18 @@ def count_rows(splits: Splits, published: dict) -> list[tuple[str, ...]]:
     for key in sorted(
         counts, key=lambda key: (groups.index(key[0]), (*CAPTURED, "both").index(key[1]), key[2])
     ):
-        found = len(counts[key][0]), sum(counts[key][1])
+        actual = len(counts[key][0]), sum(counts[key][1])
         expected = published.get(key, (None, None))
-        differs = any(want not in (None, have) for have, want in zip(found, expected, strict=True))
-        numbers = ("-" if n is None else f"{n:,}" for pair in zip(found, expected, strict=True) for n in pair)
+        differs = any(want not in (None, have) for have, want in zip(actual, expected, strict=True))
+        numbers = (
+            "-" if n is None else f"{n:,}" for pair in zip(actual, expected, strict=True) for n in pair
+        )
         rows.append(("+".join(key[0]), *key[1:], *numbers, "differs" if differs else ""))
     return rows
 
 
 def unreadable(paths: Iterable[str]) -> list[str]:
-    """One line for each image that cannot be decoded."""
+    """A line for each image that cannot be decoded."""
 
     def trouble(path: str) -> str | None:
         try:
@@ -142,21 +142,24 @@ def unreadable(paths: Iterable[str]) -> list[str]:
                 image.load()
         except UnidentifiedImageError:
             return f"{path}: not an image"
-        except Exception as error:  # a file from a stranger: Pillow raises whatever its bytes lead to
+        except Exception as error:  # Pillow may raise anything for a broken file
             return f"{path}: cannot be decoded: {error}"
         return None
 
     paths = list(paths)
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        found = list(tqdm(pool.map(trouble, paths), "decoding", len(paths), unit="image", disable=None))
-    return [line for line in found if line]
+        lines = list(tqdm(pool.map(trouble, paths), "decoding", len(paths), unit="image", disable=None))
+    return [line for line in lines if line]
 
 
 def not_taken(name: str, root: str | os.PathLike, taken: set[str]) -> list[str]:
-    """What the dataset's folders hold and no split takes: cameras, ids and files, a line for each kind.
+    """What is in the dataset's folders but in no split: cameras, ids and files, a line for each kind.
 
-    taken: the paths of all images of the splits.
+    Args:
+        name: a key of DATASETS.
+        root: the dataset's folder.
+        taken: the paths of all images of the splits.
     """
     cameras = unknown_cameras(name, root)
     known = {number(os.path.basename(os.path.dirname(path))) for path in taken}
@@ -185,11 +188,11 @@ def not_taken(name: str, root: str | os.PathLike, taken: set[str]) -> list[str]:
         f"not taken, {len(images)} images: ": images,
         f"not taken, {len(others)} files without an image's suffix: ": others,
     }
-    return [what + listed(those) for what, those in kinds.items() if those]
+    return [kind + listed(names) for kind, names in kinds.items() if names]
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder belongs to no dataset."""
+    """Whether a file or folder is not part of a dataset."""
     return name.startswith(".") or name.lower() in CLUTTER
 
 
@@ -202,19 +205,21 @@ def get_args_parser() -> Parser:
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="which dataset")
     parser.add_argument("--data-path", metavar="DIR", help="the dataset's folder (data/<dataset>)")
     parser.add_argument(
-        "--test-identities", type=at_least(1), metavar="N", help="own images: draw, once, who is tested on"
+        "--test-identities", type=at_least(1), metavar="N", help="own images: draw N test identities, once"
     )
-    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="of that draw (0)")
+    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="seed of that draw (0)")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the check; 0 if the dataset is complete, 1 if not."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what a terminal cannot show
+    """Print the result of the check; return 0 if the dataset is complete, else 1."""
+    sys.stdout.reconfigure(
+        errors="backslashreplace"
+    )  # file names may hold characters that a terminal cannot show
     root = dataset_root(args.dataset, args.data_path)
     if args.test_identities is not None:
         if args.dataset != "folder":
-            raise UserError(f"--test-identities: {DATASETS[args.dataset].title} has a split of its own")
+            raise UserError(f"--test-identities: {DATASETS[args.dataset].title} already has a split")
         log_to_terminal(stream=sys.stderr)
         draw_split(root, args.test_identities, args.seed)
     lines, complete = check(args.dataset, root)

@@ -88,12 +88,14 @@ def trial_files(path: Path, dataset: str, wanted: str, saved: dict[str, object])
     facts = DATASETS[dataset]
     if wanted != "all" and wanted not in map(str, facts.trials):
         first, last = facts.trials[0], facts.trials[-1]
-        raise UserError(f"--trial {wanted}: those of {facts.title} are {first} to {last}, or all")
+        raise UserError(
+            f"--trial {wanted}: {facts.title} has the trials {first} to {last}; choose one, or all"
+        )
     trials = list(facts.trials) if wanted == "all" else [int(wanted)]
     if dataset != "regdb" or saved.get("dataset", "regdb") != "regdb":
         return dict.fromkeys(trials, path)
     if not saved and wanted == "all":
-        raise UserError(f"--resume {path} does not say what it was trained on: give --trial N")
+        raise UserError(f"--resume {path} does not record its trial: set --trial N")
     files = siblings(path)
     if not files:  # its name tells no trial
         files = {int(saved.get("trial", wanted)): path}
@@ -126,7 +128,7 @@ def evaluate_checkpoint(
     modes = args.mode or (["all"] if dataset == "sysu" else list(facts.modes))
     shots = dict.fromkeys(args.shot)
     if args.ignore_same_camera and dataset != "folder":
-        raise UserError(f"--ignore-same-camera: for own images; {facts.title} has a rule of its own")
+        raise UserError(f"--ignore-same-camera is for own images; {facts.title} has its own rule")
     protocols = [
         Protocol(dataset, mode, shot, args.galleries, ignore_same_camera=args.ignore_same_camera)
         for mode in dict.fromkeys(modes) for shot in shots
