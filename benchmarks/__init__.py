@@ -1,1 +1,1 @@
-"""What this project's speed is measured with: a short script for each kind of work."""
+"""Benchmarks of this project's speed: a short script for each kind of work."""

@@ -4,7 +4,7 @@
     python -m benchmarks --device cuda --format markdown
     python -m benchmarks --quick --only training_step extraction
 
-Seconds are medians; a baseline and ours run in turns in one process, and are checked to give the same.
+Seconds are medians. A baseline and ours run alternately in one process; both are checked to give the same.
 """
 
 import argparse
@@ -41,14 +41,14 @@ COLUMNS = ("work", "baseline", "ours", "ratio", "target", "met", "note")
 def get_args_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m benchmarks", description="Measure this project's speed; one table.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (cpu)")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes: whether everything runs, not how fast"
-    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (cpu)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
     parser.add_argument(
         "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES)
     )
-    parser.add_argument("--format", choices=("text", "markdown"), default="text", help="of the table (text)")
+    parser.add_argument(
+        "--format", choices=("text", "markdown"), default="text", help="format of the table (text)"
+    )
     return parser
 
 
@@ -69,7 +69,7 @@ def machine(device: str) -> str:
 
 
 def target_met(row: dict) -> bool | None:
-    """Whether a row's bound (a least ratio, `>= N x`, `< N s`) holds, or its own word; None: no bound."""
+    """Whether a row meets its bound (a minimum ratio, `>= N x` or `< N s`, or `met`); None: no bound."""
     bound = row["bound"]
     if "met" in row or bound is None:
         return row.get("met")
@@ -79,7 +79,7 @@ def target_met(row: dict) -> bool | None:
         return row["ratio"] >= float(match[1])
     if match := re.match(r"< ([\d.]+) s", bound):
         return row["ours_s"] < float(match[1])
-    raise ValueError(f"{row['work']}: a bound that says neither a ratio nor seconds needs `met`: {bound!r}")
+    raise ValueError(f"{row['work']}: a bound that is neither a ratio nor seconds needs `met`: {bound!r}")
 
 
 def duration(seconds: float | None) -> str:
@@ -116,7 +116,7 @@ def table(rows: Sequence[dict], style: str) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run what args ask for, in the table's order, then print the table."""
+    """Run the benchmarks in the table's order, then print the table."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here")
     rows, start = [], time.perf_counter()
@@ -127,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
                 rows += importlib.import_module(f"benchmarks.{name}").run(args.device, args.quick)
                 gc.collect()
                 torch.cuda.empty_cache()  # for the process of start_up
-    finally:  # what was measured is told even if the next one fails
+    finally:  # print what was measured even if a benchmark fails
         heading = f"{machine(args.device)}; {time.perf_counter() - start:.0f} s in all"
         print(("### " if args.format == "markdown" else "") + heading + "\n")
         print(table(rows, args.format))

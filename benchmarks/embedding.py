@@ -2,8 +2,8 @@
 
     python -m benchmarks.embedding
 
-The bare forward pass runs as often on one batch that lies ready on the device: same network, precision and
-batch. What was written is compared with images embedded one by one.
+The bare forward pass runs equally often on one batch that is already on the device, with the same network,
+precision and batch size. The written features are compared with images embedded one by one.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Evaluation: counting, against a loop over queries that sorts. Run: python -m benchmarks.evaluation"""
+"""Evaluation by counting against a loop that sorts for each query. Run: python -m benchmarks.evaluation"""
 
 import functools
 
@@ -13,7 +13,7 @@ DIM = 2048
 
 
 def run(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Return one row a piece of work: dicts with work, baseline_s, ours_s, ratio, bound, note."""
+    """Return one row per task: dicts with work, baseline_s, ours_s, ratio, bound, note."""
     rows = [_sysu(device), _regdb(device), _ten_trials(device, num_trials=2 if quick else 10)]
     return rows + [
         _scale(device, num_gallery) for num_gallery in ((10**4,) if quick else (10**4, 3 * 10**4, 10**5))
@@ -97,7 +97,7 @@ def prepare_scale(device: str, num_gallery: int):
     q_pids, g_pids = np.arange(10**4) % num_pids, np.arange(num_gallery) % num_pids
     q_camids, g_camids = np.arange(10**4) % 9, np.arange(num_gallery) // num_pids
     features = unit_features(10**4, device, 0), unit_features(num_gallery, device, 1)
-    unit_features(64, device, 2) @ unit_features(64, device, 3).T  # starts the threads and the libraries
+    unit_features(64, device, 2) @ unit_features(64, device, 3).T  # starts threads and loads libraries
     return functools.partial(
         eval_metrics.eval_features, *features, q_pids, g_pids, q_camids, g_camids, protocol="llcm"
     )
@@ -114,7 +114,7 @@ def draw_sysu(rng: np.random.Generator, device: str) -> eval_metrics.Trial:
 
 
 def unit_features(num: int, device: str, seed: int) -> torch.Tensor:
-    """(num, DIM) float32 unit rows, made in place: nothing else is left behind or was needed."""
+    """(num, DIM) float32 unit rows, made in place, so that no other memory is used."""
     generator = torch.Generator(device).manual_seed(seed)
     features = torch.randn(num, DIM, generator=generator, device=device)
     return features.div_(torch.linalg.vector_norm(features, dim=1, keepdim=True))

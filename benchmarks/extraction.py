@@ -1,9 +1,9 @@
-"""Rebuilding the memory and embedding for evaluation, input and all, against the bare forward pass.
+"""Rebuilding the memory and embedding for evaluation, with input, against the bare forward pass.
 
     python -m benchmarks.extraction
 
-The bare forward pass runs as often on one batch that lies ready on the device: same network, precision and
-batch. A loop over single images checks what both give.
+The bare forward pass runs equally often on one batch that is already on the device, with the same network,
+precision and batch size. A loop over single images checks the features.
 """
 
 import tempfile
@@ -99,8 +99,8 @@ def check_rebuilding(training: Training) -> None:
             rows = (labels == label).nonzero()[0]
             pixels = torch.as_tensor(images[rows]).cpu().numpy()
             mean = torch.stack([embed_one(training, one, modality) for one in pixels]).mean(0)
-            found = getattr(training.bank, modality).centers[label]
-            assert F.cosine_similarity(found, mean, dim=0) > 0.999, (
+            center = getattr(training.bank, modality).centers[label]
+            assert F.cosine_similarity(center, mean, dim=0) > 0.999, (
                 f"the memory disagrees: {modality}, {label}"
             )
     mean = sum(getattr(training.bank, modality).centers for modality in MODALITIES) / 3
@@ -108,9 +108,9 @@ def check_rebuilding(training: Training) -> None:
 
 
 def check_embedding(training: Training, paths: list[str]) -> None:
-    """Features of files are those of images embedded one by one (of the first few)."""
-    found = embed_files(training, paths[:4])
-    for path, feature in zip(paths, found, strict=False):
+    """Features of the first few files equal those of images embedded one by one."""
+    features = embed_files(training, paths[:4])
+    for path, feature in zip(paths, features, strict=False):
         pixels = read_image(path, training.loader.height, training.loader.width)
         assert F.cosine_similarity(feature, embed_one(training, pixels, "visible"), dim=0) > 0.999, path
 

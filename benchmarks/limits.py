@@ -1,10 +1,10 @@
-"""What a training step has to do, what the machine can do, and where a step's time goes.
+"""The operations of a training step, the speed of the machine, and a profile of a step.
 
     python -m benchmarks.limits
     python -m benchmarks.limits cuda
 
-Counts are of the network's forward and backward pass at full size, on tensors without data: they depend on no
-machine. The profile is of train.py's own loop.
+Operations are counted for the network's forward and backward pass at full size, on tensors without data, so
+the counts do not depend on the machine. The profile is of train.py's own loop.
 """
 
 import sys
@@ -30,9 +30,9 @@ from utils import MODALITIES
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations read and write, views left out.
+    """Counts the bytes of the tensors that operations read and write, without views.
 
-    total: of all operations; products: of convolutions and matrix products alone, which no fusion can save.
+    total: of all operations. products: of convolutions and matrix products only, which fusion cannot avoid.
     """
 
     def __init__(self):
@@ -65,9 +65,9 @@ def count(num_images: int, height: int, width: int, dtype: torch.dtype) -> tuple
 
 
 def machine_rates(device: str) -> dict[str, float]:
-    """Operations a second of a large product, in float32 and bfloat16, and bytes a second of a copy.
+    """Operations per second of a large product, in float32 and bfloat16, and bytes per second of a copy.
 
-    Of a CPU: one thread's, in its own CPU time, so that other work on the machine counts little.
+    On a CPU, of one thread and per CPU time, so that other work on the machine matters little.
     """
     side, clock = (8192, time.perf_counter) if device == "cuda" else (2048, time.process_time)
     threads = torch.get_num_threads()

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory_and_loss
 
-The baseline is what anyone first writes: a call a term, softmax then logarithm then divergence, the distances
-of the centre triplet masked row by row as in the field's triplet losses, an update identity by identity.
+The baseline is the obvious implementation: a call per term; softmax, then logarithm, then divergence; the
+distances of the centre triplet masked row by row, as in common triplet losses; one update per identity.
 """
 
 import copy
@@ -24,8 +24,8 @@ MOMENTUM = {"shared": 0.1, "visible": 0.25, "infrared": 0.25, "aux": 0.25}
 
 def baseline_loss(features, labels, proxies, centers) -> torch.Tensor:
     """The total loss of features {modality: (n, D)} with tables {name: (C, D)}."""
-    everything, all_labels = torch.cat([features[m] for m in MODALITIES]), labels.repeat(3)
-    terms = {"shared": F.cross_entropy(everything @ proxies["shared"].T / TEMPERATURE, all_labels)}
+    stacked, all_labels = torch.cat([features[m] for m in MODALITIES]), labels.repeat(3)
+    terms = {"shared": F.cross_entropy(stacked @ proxies["shared"].T / TEMPERATURE, all_labels)}
     for modality in MODALITIES:
         terms[modality] = F.cross_entropy(features[modality] @ proxies[modality].T / TEMPERATURE, labels)
 
@@ -43,7 +43,7 @@ def baseline_loss(features, labels, proxies, centers) -> torch.Tensor:
     terms["align"] = torch.cat(divergences).mean()
 
     columns = centers["shared"][all_labels]
-    squared = everything.pow(2).sum(1, keepdim=True) + columns.pow(2).sum(1) - 2 * everything @ columns.T
+    squared = stacked.pow(2).sum(1, keepdim=True) + columns.pow(2).sum(1) - 2 * stacked @ columns.T
     distances = squared.clamp(min=1e-12).sqrt()
     same = all_labels[:, None] == all_labels[None, :]
     positive, negative = [], []
@@ -60,16 +60,16 @@ def baseline_update(features, labels, proxies) -> None:
     """Update the tables {name: (C, D)} in place, identity by identity."""
     rows = {modality: (features[modality], labels) for modality in MODALITIES}
     rows["shared"] = torch.cat([features[m] for m in MODALITIES]), labels.repeat(3)
-    for name, (those, their_labels) in rows.items():
+    for name, (unit, row_labels) in rows.items():
         for y in labels.unique().tolist():
-            own, proxy = those[their_labels == y], proxies[name][y]
-            towards = own[(own @ proxy).argmin()] if name == "shared" else own.mean(0)
+            same, proxy = unit[row_labels == y], proxies[name][y]
+            towards = same[(same @ proxy).argmin()] if name == "shared" else same.mean(0)
             moved = MOMENTUM[name] * proxy + (1 - MOMENTUM[name]) * towards
             proxies[name][y] = moved / moved.norm()
 
 
 def draw(num_classes: int, device: str, dim: int = DIM) -> tuple[torch.Tensor, torch.Tensor, MemoryBank]:
-    """Features (3n, D), rows visible, infrared, aux, not normalised; labels (n,); a bank one step old."""
+    """Features (3n, D), rows visible, infrared, aux, not normalised; labels (n,); a bank after one update."""
     generator = torch.Generator(device).manual_seed(0)
     normal = functools.partial(torch.randn, generator=generator, device=device)
     bank = MemoryBank(num_classes, dim, device=device)
@@ -109,7 +109,7 @@ def our_step(features, labels, bank) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def check(features, labels, bank) -> None:
-    """Both give the same loss, gradient and tables, two steps running, from the same start."""
+    """Both give the same loss, gradient and tables in two successive steps."""
     bank, (proxies, centers) = copy.deepcopy(bank), tables_of(bank)
     for _ in range(2):
         expected = baseline_step(features, labels, proxies, centers)

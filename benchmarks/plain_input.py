@@ -1,7 +1,7 @@
-"""The input of the plain training loop, as anyone first writes it.
+"""The input of the plain training loop: the obvious implementation.
 
-Identities and images are picked in a loop, each image goes through the transforms of torchvision by itself,
-and the batch is stacked. Given the same draws, it makes the same images as augmentation.augment.
+Identities and images are drawn in a loop, torchvision's transforms augment one image at a time, and the batch
+is stacked. The same draws give the same images as augmentation.augment.
 """
 
 import random
@@ -70,7 +70,7 @@ def baseline_step(
             for modality, image in zip(MODALITIES, (visible, infrared, visible), strict=True):
                 draw = draw_one(*image.shape[:2], modality)
                 batch[modality].append(augment_one(image, draw))
-    images = {modality: torch.stack(part).to(device) for modality, part in batch.items()}
+    images = {modality: torch.stack(batch[modality]).to(device) for modality in batch}
     return images, torch.tensor(labels, device=device)
 
 

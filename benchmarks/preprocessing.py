@@ -2,8 +2,8 @@
 
     python -m benchmarks.preprocessing
 
-The baseline is what anyone first writes: load, resize and collect image after image, then save the array.
-Both files hold the same bytes.
+The baseline is the obvious implementation: load, resize and collect one image after another, then save the
+array. Both files are identical.
 """
 
 import tempfile
@@ -41,12 +41,12 @@ def baseline(paths: list[str], file: Path) -> None:
 
 
 def ours(paths: list[str], file: Path) -> None:
-    """Decoded by threads, written as they come."""
+    """Decoded by threads, written batch by batch."""
     write_array(paths, file, HEIGHT, WIDTH, WORKERS)
 
 
 def run(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Measure; the rows of the table of benchmarks. Preprocessing knows no device but the CPU."""
+    """Return the rows of the table of benchmarks. Preprocessing always runs on the CPU."""
     number, repeats, many = (24, 2, 240) if quick else (300, 7, 4500)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

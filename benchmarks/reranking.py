@@ -1,4 +1,4 @@
-"""Re-ranking: sparse products, against loops over dense matrices. Run: python -m benchmarks.reranking"""
+"""Re-ranking with sparse products against loops over dense matrices. Run: python -m benchmarks.reranking"""
 
 import functools
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ SIZES = (SYSU, (5955, 5954), (11129, 11129))  # 4,104 images, and as many as SYS
 
 
 def run(device: str = "cpu", quick: bool = False, sizes: Sequence[tuple[int, int]] = SIZES) -> list[dict]:
-    """Return one row a piece of work: dicts with work, baseline_s, ours_s, ratio, bound, note.
+    """Return one row per task: dicts with work, baseline_s, ours_s, ratio, bound, note.
 
-    sizes: (queries, gallery images) that time and memory of every method are measured at.
+    sizes: (queries, gallery images) at which time and memory of every method are measured.
     """
     compared, sizes = ([(400, 100)], [(150, 50)]) if quick else ([SYSU, REGDB], sizes)
     rows = [_compare(*size, device) for size in compared]
@@ -64,7 +64,13 @@ def _measure(name: str, num_query: int, num_gallery: int, device: str) -> dict:
 
 
 def prepare(name: str | None, num_query: int, num_gallery: int, device: str = "cpu"):
-    """Return the call that is measured: a method by its name; None: the loops."""
+    """Return the call to measure.
+
+    Args:
+        name: of the method; None: the loops.
+        num_query, num_gallery: numbers of images.
+        device: where the features are.
+    """
     features = draw(num_query, num_gallery)
     if name is None:
         return functools.partial(k_reciprocal_loop, *features)

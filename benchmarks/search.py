@@ -1,9 +1,9 @@
-"""Exact search of shards on disk against one float32 product of NumPy in memory; a FAISS index beside it.
+"""Exact search of shards on disk against one float32 NumPy product in memory; and a FAISS index.
 
     python -m benchmarks.search
 
-The rows are float16, in as many shards as tools.embed would write; the product has them in float32, ready in
-memory, and is the product alone. Both give the same ten nearest. The index is left out without FAISS.
+The rows are float16, in as many shards as tools.embed would write. For the product they are float32 and
+already in memory, and only the product is timed. Both find the same ten nearest. The index needs FAISS.
 """
 
 import functools
@@ -38,7 +38,7 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
 
 
 def blocks(count: int) -> Iterator[np.ndarray]:
-    """Float16 unit rows of IDENTITIES people; each block has the first one's deviations, turned round."""
+    """Float16 unit rows of IDENTITIES people; each block has the first block's deviations, rotated."""
     rng = np.random.default_rng(0)
     centers = rng.standard_normal((IDENTITIES, DIM), dtype=np.float32)
     deviations = rng.standard_normal((min(count, SHARD_ROWS), DIM), dtype=np.float32)
@@ -49,7 +49,7 @@ def blocks(count: int) -> Iterator[np.ndarray]:
 
 
 def write(folder: Path, count: int) -> np.ndarray:
-    """Write count rows as shards; return queries (QUERIES, DIM) float32, some rows a little moved."""
+    """Write count rows as shards; return queries (QUERIES, DIM) float32: slightly changed rows."""
     write_manifest(folder, Manifest("", DIM, "visible", 384, 128, "float32", ""))
     for k, rows in enumerate(blocks(count)):
         records = [{"path": f"/{k}/{row}.jpg", "size": 0, "mtime_ns": 0} for row in range(len(rows))]
@@ -90,7 +90,7 @@ def search(folder: Path, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 def check(product: np.ndarray, found: np.ndarray) -> None:
-    """The rows found (Q, TOP) have the largest products (Q, N), whichever of equal ones they are."""
+    """The rows found (Q, TOP) have the largest products (Q, N), up to ties."""
     wanted = np.sort(np.partition(product, -TOP, axis=1)[:, -TOP:])
     np.testing.assert_allclose(np.sort(np.take_along_axis(product, found, axis=1)), wanted, atol=1e-5)
 

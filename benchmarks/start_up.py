@@ -1,7 +1,7 @@
-"""From typing the command to the first training step, at SYSU-MM01's size. python -m benchmarks.start_up
+"""Time from the command to the first training step, at SYSU-MM01's size. python -m benchmarks.start_up
 
-Runs `train.py --check`, which does all that a run does first, but for rebuilding the memory. The images are
-files without content, which training does not read, and arrays of zeros.
+Runs `train.py --check`, which starts like a run, but does not rebuild the memory. The image files are empty,
+since training does not read them, and the arrays are zeros.
 """
 
 import os
@@ -20,7 +20,7 @@ SYSU = {"visible": 22_258, "infrared": 11_909}
 
 
 def run(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Return one row; its baseline is empty."""
+    """Return one row, without a baseline."""
     identities, counts, size = (
         (20, {"visible": 400, "infrared": 200}, (64, 32)) if quick else (395, SYSU, (384, 128))
     )
@@ -54,7 +54,7 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
 
 
 def first_step(command: list, folder: str) -> float:
-    """Seconds from starting command to where its first step begins."""
+    """Seconds from the start of command to the start of its first step."""
     start, seconds = time.perf_counter(), None
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:

@@ -1,4 +1,4 @@
-"""Measure two ways of doing the same work in one run, so that the machine's mood strikes both alike."""
+"""Measure two implementations alternately, so that other load on the machine affects both."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ import torch
 
 
 def compare(baseline: Callable[[], object], ours: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Return the median seconds of (baseline, ours), run in turns, repeats times each after one run of ours.
+    """Return the median seconds of (baseline, ours), run alternately, repeats times, after one run of ours.
 
     On a GPU the callables must wait for it (torch.cuda.synchronize) before they return.
     """
@@ -28,24 +28,24 @@ def compare(baseline: Callable[[], object], ours: Callable[[], object], repeats:
 
 
 def wait_for(device: torch.device | str) -> None:
-    """Wait until a GPU has done what it was given; the CPU has."""
+    """Wait until a GPU has finished its work; on the CPU, return at once."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(function: Callable[..., object], *args) -> int:
-    """Return by how many bytes function(*args) raises the resident memory of a process of its own at most.
+    """Return the peak increase in bytes of resident memory while function(*args) runs in a new process.
 
-    function must be importable by name and args picklable; imports that function makes are counted.
+    function must be importable and args picklable; imports by function are counted.
     """
     return run_alone(functools.partial, function, *args)[1]
 
 
 def run_alone(prepare: Callable[..., Callable[[], object]], *args) -> tuple[float, int]:
-    """Return (seconds, bytes) of the callable that prepare(*args) returns, called in a process of its own.
+    """Return (seconds, bytes) of the callable that prepare(*args) returns, called in a new process.
 
-    bytes: how far the call raises memory at most, above what prepare left there: resident memory (Linux
-    only), or the GPU's where prepare has begun to use it. On a GPU it is called once before.
+    bytes: the peak increase in memory during the call, after prepare: resident memory (Linux only), or GPU
+    memory if prepare has used the GPU. On a GPU the callable is called once before.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -71,9 +71,8 @@ def _measure(sender, prepare: Callable[..., Callable[[], object]], args: tuple) 
         torch.cuda.synchronize()
         sender.send((time.perf_counter() - start, torch.cuda.max_memory_allocated() - before))
         return
-    with contextlib.suppress(
-        OSError
-    ):  # where this is not allowed, what prepare needed at most counts as there
+    # Resets the peak. Where this is not allowed, the increase is above the peak of prepare.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     before, start = _peak(), time.perf_counter()
     function()
@@ -81,6 +80,6 @@ def _measure(sender, prepare: Callable[..., Callable[[], object]], args: tuple) 
 
 
 def _peak() -> int:
-    """Peak resident bytes; getrusage would report those of the parent too, from before exec."""
+    """Peak resident bytes; getrusage would include the parent's, from before exec."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024

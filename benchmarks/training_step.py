@@ -1,9 +1,9 @@
 """The training step against the bare network's, and against a plain loop. python -m benchmarks.training_step
 
 The bare step is the forward pass, a weighted sum, the backward pass and the optimiser's step on a batch that
-lies ready: same network, precision and optimiser. The plain loop is what anyone first writes: float32, NCHW,
-each image augmented by itself, the quadratic non-local block, the loss and the update of memory_and_loss.py,
-Adam as it comes.
+is already on the device, with the same network, precision and optimiser. The plain loop is the obvious
+implementation: float32, NCHW, augmentation image by image, the quadratic non-local block, the loss and update
+of memory_and_loss.py, and PyTorch's default Adam.
 """
 
 import copy
@@ -28,12 +28,12 @@ from training import Training
 from utils import MODALITIES
 
 FULL = {"arch": "resnet50", "img-h": 384, "img-w": 128, "batch-size": 8, "num-pos": 4}
-SMALL = FULL | {"batch-size": 4, "num-pos": 1}  # what two cores finish
+SMALL = FULL | {"batch-size": 4, "num-pos": 1}  # feasible on two cores
 TINY = {"arch": "resnet18", "img-h": 64, "img-w": 32, "batch-size": 4, "num-pos": 2}
 
 
 class PlainNonLocal(nn.Module):
-    """The non-local block as written: an affinity (N, HW, HW), then expand, batch norm and sum."""
+    """The non-local block as in the paper: an affinity (N, HW, HW), then expand, batch norm and sum."""
 
     def __init__(self, block: NonLocal):
         super().__init__()
@@ -48,7 +48,7 @@ class PlainNonLocal(nn.Module):
 
 
 class PlainGeM(nn.Module):
-    """GeM pooling as written."""
+    """GeM pooling as in its definition."""
 
     def __init__(self, pool: GeM):
         super().__init__()
@@ -60,7 +60,7 @@ class PlainGeM(nn.Module):
 
 
 def plain_network(model: nn.Module) -> nn.Module:
-    """A copy of model with the blocks above, NCHW."""
+    """A copy of model with the plain blocks above, NCHW."""
     model = copy.deepcopy(model)
     for layer in (model.layer2, model.layer3):
         for k, block in enumerate(layer):
@@ -85,7 +85,7 @@ def check(training: Training) -> None:
     torch.manual_seed(0)
     for module in training.model.modules():
         if isinstance(module, NonLocal):
-            nn.init.normal_(module.bn.weight, std=0.1)  # else the blocks are the identity
+            nn.init.normal_(module.bn.weight, std=0.1)  # otherwise the blocks would be the identity
     plain = plain_network(training.model).train()
     expected = plain_loss(plain, images, labels, *tables_of(training.bank))[0]
     expected.backward()
@@ -118,7 +118,7 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
         check_input(np.array(torch.as_tensor(pixels).cpu()), device)
 
         ours = our_steps(training, steps)
-        on_gpu = _gpu_notes(training, ours, steps)  # before other networks take memory
+        on_gpu = _gpu_notes(training, ours, steps)  # before other networks use memory
         bare, plain = bare_steps(training, steps), plain_steps(training, steps)
         num_images = 3 * sizes["batch-size"] * sizes["num-pos"]
         size = f"{num_images} images {sizes['img-h']}x{sizes['img-w']}, {sizes['arch']}"
@@ -127,7 +127,7 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
         speed = f"{num_images / ours_s:.1f} images/s"
         waiting = training.loader.wait_seconds / (ours_s * steps)
         share = f"{ours_s / bare_s:.2f} of the bare step"
-        plain()  # a GPU looks for its fastest convolutions
+        plain()  # lets cuDNN choose its fastest convolutions
         plain_s, again_s = (seconds / steps for seconds in compare(plain, ours, min(repeats, 3)))
         notes = [precision, share, speed, *on_gpu]
         tf32 = ", TF32 convolutions" if device == "cuda" and torch.backends.cudnn.allow_tf32 else ""
@@ -162,7 +162,7 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
 
 
 def our_steps(training: Training, steps: int):
-    """A call of train.py's own loop, input and all."""
+    """Return a call of train.py's own loop, with input."""
 
     def ours():
         train_one_epoch(training, islice(training.loader.epoch(0), steps), 0)
@@ -171,13 +171,13 @@ def our_steps(training: Training, steps: int):
 
 
 def bare_steps(training: Training, steps: int):
-    """A call of nothing but forward, backward and the optimiser."""
+    """Return a call of only forward, backward and optimiser."""
     images, _ = next(iter(training.loader.epoch(0)))
     visible, infrared = torch.cat([images["visible"], images["aux"]]), images["infrared"]
     network = copy.deepcopy(training.model).train()
     optimizer = torch.optim.Adam(network.parameters(), training.args.lr, weight_decay=5e-4, fused=True)
     device, dtype, scaler = training.device, training.dtype, training.scaler
-    # a plain sum has no gradient behind a batch norm
+    # the gradient of a plain sum through a batch norm is zero
     weights = torch.randn(len(visible) + len(infrared), training.model.dim, device=device)
 
     def bare():
@@ -194,7 +194,7 @@ def bare_steps(training: Training, steps: int):
 
 
 def plain_steps(training: Training, steps: int):
-    """A call of the plain loop."""
+    """Return a call of the plain loop."""
     network = plain_network(training.model).train()
     optimizer = torch.optim.Adam(network.parameters(), training.args.lr, weight_decay=5e-4)
     (proxies, centers), args = tables_of(training.bank), training.args

@@ -1,4 +1,4 @@
-"""A stand-in for SYSU-MM01: files in its layout, arrays in its sizes, and what train.py makes of them."""
+"""A substitute for SYSU-MM01: files in its layout, arrays of its size, and a Training on them."""
 
 import io
 import json
@@ -20,18 +20,22 @@ TEST_IDS = 4
 def draw_sysu(
     root: Path, identities: int, counts: dict[str, int], height: int, width: int, noise: bool
 ) -> None:
-    """Write a dataset under root, with {modality: how many} training images, the identities taking turns.
+    """Write a dataset into root. The files of training images are empty: only preprocessing reads them.
 
-    The training images' files are empty: nothing reads them but preprocessing. noise: random pixels, else
-    zeros in files with holes, which take no space on the disk.
+    Args:
+        root: a new folder.
+        identities: for training; images are distributed evenly.
+        counts: {modality: number of training images}.
+        height, width: of the arrays, in pixels.
+        noise: random pixels; else zeros in sparse files, which take no disk space.
     """
     pids = np.arange(1, identities + 1)
     test_pids = range(identities + 1, identities + 1 + TEST_IDS)
     picture = io.BytesIO()
     Image.new("RGB", (8, 24)).save(picture, "JPEG")
     (root / "exp").mkdir(parents=True)
-    for split, those in (("train", pids[1:]), ("val", pids[:1]), ("test", test_pids)):
-        (root / "exp" / f"{split}_id.txt").write_text(",".join(map(str, those)) + "\n")
+    for split, members in (("train", pids[1:]), ("val", pids[:1]), ("test", test_pids)):
+        (root / "exp" / f"{split}_id.txt").write_text(",".join(map(str, members)) + "\n")
     for modality, cameras in CAMERAS.items():
         for k in range(counts[modality]):
             camera, pid = cameras[k // identities % len(cameras)], pids[k % identities]
@@ -54,7 +58,7 @@ def draw_sysu(
         "width": width,
         "images": counts,
         "pids": pids.tolist(),
-        "fingerprint": fingerprint({modality: those.paths for modality, those in samples.items()}),
+        "fingerprint": fingerprint({modality: samples[modality].paths for modality in samples}),
     }
     (root / "train_resized.json").write_text(json.dumps(manifest))
 
@@ -66,7 +70,13 @@ def _write(root: Path, camera: int, pid: int, index: int, content: bytes) -> Non
 
 
 def training_of(root: Path, device: str, *words: object) -> Training:
-    """What train.py trains with on the dataset under root, given the words of its command line besides."""
+    """Build what train.py trains with.
+
+    Args:
+        root: the dataset's folder.
+        device: "cpu" or "cuda".
+        words: further words of train.py's command line.
+    """
     gpu = -1 if device == "cpu" else 0
     args = parse_args(["--data-path", str(root), "--weights", "none", "--gpu", str(gpu), *map(str, words)])
     return build_training(args, None, Processes())

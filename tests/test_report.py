@@ -222,7 +222,7 @@ def test_bad_input_is_told(report_here, runs, sysu, tmp_path):
         (r"--trial 11: SYSU-MM01 has the trials 0 to 9", *good, "--output", "o", "--trial", "11"),
         (r"--log-path .*: no log at", *good, "--output", "o", "--log-path", tmp_path),
         (r"the same checkpoint twice", "--resume", runs[0], runs[0], "--output", "o"),
-        (r"no RegDB here", *good, "--output", "o", "--dataset", "regdb"),
+        (r"RegDB not found", *good, "--output", "o", "--dataset", "regdb"),
         (r"--figures: invalid choice: 'pie'", *good, "--output", "o", "--figures", "pie"),
     ):
         with pytest.raises(UserError, match=message):
