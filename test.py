@@ -193,7 +193,7 @@ def models_of_trials(args: argparse.Namespace, pattern: str, known: Model | None
     if not models:
         raise UserError(f"--resume {args.resume}: no checkpoint at {pattern} for trial {', '.join(missing)}")
     if missing:
-        log.warning("no checkpoint of trial %s, which all means leave out: %s", ", ".join(missing), pattern)
+        log.warning("no checkpoint of trial %s, left out of all means: %s", ", ".join(missing), pattern)
     return models
 
 
