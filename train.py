@@ -141,8 +141,8 @@ def show(progress: tqdm, loss: float, training: Training, epoch: int) -> None:
     """Show the loss, the speed and the time left until the end of the run next to the progress bar."""
     if progress.disable:  # no terminal, so tqdm measures no time
         return
-    seconds = progress.format_dict["elapsed"] / max(progress.n, 1)  # per step
-    images = 3 * training.args.batch_size * training.args.num_pos * training.processes.world_size
+    seconds = progress.format_dict["elapsed"] / max(progress.n, 1)  # of a step
+    images = training.images_per_step
     steps = (training.args.epochs - epoch) * len(training.loader.batches) - progress.n
     left = tqdm.format_interval(steps * seconds)
     progress.set_postfix_str(f"loss {loss:.3f}, {images / seconds:.0f} images/s, {left} left", refresh=False)
@@ -239,7 +239,7 @@ def fit(training: Training, run: Run) -> None:
 
         terms = training.loss.weights
         means = dict(zip(("loss", *terms), losses.mean(0).tolist(), strict=True))
-        speed = 3 * args.batch_size * args.num_pos * processes.world_size * len(losses) / seconds
+        speed = training.images_per_step * len(losses) / seconds
         waiting = loader.wait_seconds / seconds
         scalars = {f"loss/{name}": value for name, value in means.items()}
         scalars |= {"rate": rate, "images per second": speed, "share of waiting for input": waiting}

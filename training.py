@@ -57,6 +57,12 @@ class Training:
     best: dict | None = None  # {"epoch", "rank1", "mAP", "mINP"} of the best evaluation
     latest: Metrics | None = None  # metrics of the last evaluation
 
+    @property
+    def images_per_step(self) -> int:
+        """Images that a step of all processes together passes through the network."""
+        own = self.args.batch_size * self.args.num_pos * len(self.loader.modalities)
+        return own * self.processes.world_size
+
     def state(self) -> dict:
         """The checkpoint. cmc, mAP and mINP are from the last evaluation."""
         latest = self.latest
@@ -87,13 +93,14 @@ class Training:
         precision = str(self.dtype or torch.float32).removeprefix("torch.")
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         settings = (f"{key} {value}" for key, value in sorted(vars(args).items()) if key != "command")
+        modalities = len(self.loader.modalities)
         return [
             f"settings: {', '.join(settings)}",
             self.data,
             f"input: border {args.pad}; pixels on the {self.loader.cache}",
             f"network: {args.arch}, {args.stem} stem, {millions:.1f} million weights, from {args.weights}",
             f"device: {device.type} ({name}), {precision}, {self.processes.world_size} process(es)",
-            f"a step: {args.batch_size} identities x {args.num_pos} images x 3 in each process; "
+            f"a step: {args.batch_size} identities x {args.num_pos} images x {modalities} in each process; "
             f"an epoch: {len(self.loader.batches)} steps",
             f"evaluation: {self.protocol.title}; the result: {SELECTION[args.select]}",
         ]

@@ -58,6 +58,8 @@ def test_without_aux_the_other_images_are_the_same(sysu):
         assert torch.equal(labels, same_labels)
         assert set(two) == {"visible", "infrared"}
         assert all(torch.equal(images, full[modality]) for modality, images in two.items())
+    assert [training.images_per_step for training in trainings] == [3 * 4 * 2, 2 * 4 * 2]
+    assert any("a step: 4 identities x 2 images x 2 in each" in line for line in trainings[1].describe())
 
 
 def test_a_run_without_aux_images_and_without_a_term_logs_every_term(sysu, train_here):
