@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from augmentation import normalize
 from data_manager import DATASETS
-from devices import Processes
+from devices import Processes, select_device
 from eval_metrics import Metrics, summarize
 from evaluation import Features
 from model import extract_features
@@ -353,17 +353,25 @@ def main(command: list[str]) -> int | None:
         raise UserError(
             f"--gpu {args.gpu}: leave it out with torchrun: each process takes the GPU of its local rank"
         )
+    if args.trial == "all" and args.resume not in (None, "auto"):
+        raise UserError(
+            f"--resume {args.resume}: a file is one trial's run; --resume auto goes with --trial all"
+        )
     commands = [command]
     if args.trial == "all":
         commands = [[*command, "--trial", str(trial)] for trial in DATASETS[args.dataset].trials]
     try:
         if args.trial == "all" and not args.resume and not args.check:
-            if args.overwrite and processes.rank == 0:
-                for words in commands:  # all of them now: an old trial would count as done
-                    _, run, _ = open_run(words)
-                    run.acquire()
-                    run.remove()
-                    run.release()
+            if args.overwrite:
+                if processes.rank == 0:
+                    for words in commands:  # all now: a trial that an earlier run left would count as done
+                        _, run, _ = open_run(words)
+                        run.acquire()
+                        run.remove()
+                        run.release()
+                if processes.world_size > 1:  # until then the others would find runs to continue
+                    processes.start(select_device(args.gpu))
+                    processes.barrier()
             commands = [[*(w for w in words if w != "--overwrite"), "--resume", "auto"] for words in commands]
         for words in commands:
             run_args, run, checkpoint = open_run(words)

@@ -29,7 +29,7 @@ from data_manager import train_samples
 from eval_metrics import Metrics
 from results.events import Board
 from runs import Run
-from runs.settings import open_run, parse_args
+from runs.settings import STATE, open_run, parse_args
 from train import evaluate_if_due, fit, learning_rate, rebuild_memory, train_one_epoch
 
 TERMS = ("shared", "visible", "infrared", "aux", "align", "center")
@@ -685,3 +685,46 @@ def test_what_datasets_collect_is_passed_over(copy, train_here):
     status, output, errors = train_here(*tiny_flags(copy), "--check")
     assert (status, errors) == (0, [])
     assert "training data: 8 identities, 58 visible, 30 infrared" in output
+
+
+# --trial all
+
+
+def trial_flags(folder):
+    return ["--dataset", "regdb", "--trial", "all", "--gpu", "-1", "--model-path", f"{folder}", "--name", "t"]
+
+
+def test_a_process_continues_no_trial_that_the_first_one_is_about_to_remove(
+    tmp_path, monkeypatch, train_here
+):
+    class SecondProcess:
+        rank, world_size = 1, 2
+
+        def start(self, device):
+            pass
+
+        def barrier(self):  # the first process comes to it when it has removed the former runs
+            for path in tmp_path.glob("*.t"):
+                path.unlink()
+
+        def stop(self):
+            pass
+
+    words = [*trial_flags(tmp_path), "--trial", "3"]
+    args, run, _ = open_run(words)
+    state = {"net": {"w": torch.zeros(3)}, "epoch": 160, "args": vars(args)}
+    save_checkpoint(dict.fromkeys(STATE) | state, run.last)
+    continued = []
+    monkeypatch.setattr(train, "Processes", SecondProcess)
+    monkeypatch.setattr(train, "train_run", lambda args, run, checkpoint, _: continued.append(checkpoint))
+    assert train_here(*trial_flags(tmp_path))[0] == 0
+    assert [checkpoint is not None for checkpoint in continued] == [False, False, True] + 7 * [False]
+    continued.clear()
+    assert train_here(*trial_flags(tmp_path), "--overwrite")[0] == 0
+    assert continued == 10 * [None]
+
+
+def test_all_trials_cannot_continue_the_run_of_one(tmp_path, train_here):
+    status, _, errors = train_here(*trial_flags(tmp_path), "--resume", tmp_path / "t_trial_1_last.t")
+    assert status == 2
+    assert "t_trial_1_last.t: a file is one trial's run" in errors[0]
