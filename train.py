@@ -299,6 +299,8 @@ def train_run(args: argparse.Namespace, run: Run, checkpoint: dict | None, proce
             if checkpoint is None:
                 run.remove()
             run.open_log()
+            if training.best and not run.best.exists():  # renamed, or moved without it
+                log.warning("%s is missing: epoch %d, the best so far", run.best, training.best["epoch"])
         for line in [*environment(), *training.describe(), f"run: {run.last}"]:
             log.info("%s", line)
         if args.check:

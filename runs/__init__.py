@@ -111,16 +111,21 @@ class Run:
         self._lock.release()
 
     def refuse_to_overwrite(self, epochs: int) -> None:
-        """Raise UserError if the run exists; the message says whether it is finished."""
+        """UserError if the run exists, saying whether it is finished: trained, and evaluated after that."""
         if self.last.exists():
-            done = load_checkpoint(self.last).get("epoch", 0)
-            if done >= epochs:
+            checkpoint = load_checkpoint(self.last)
+            done = checkpoint.get("epoch", 0)
+            if done >= epochs and checkpoint.get("evaluated", done) == done:
                 raise UserError(
                     f"{self.last} is a finished run ({done} epochs): --overwrite would replace it"
                 )
             raise UserError(
                 f"{self.last} is a run that stopped after epoch {done} of {epochs}: "
                 "--resume auto continues it, --overwrite replaces it"
+            )
+        if self.best.exists():
+            raise UserError(
+                f"{self.best} is of a run whose {self.last.name} is gone: --overwrite replaces it"
             )
 
     def remove(self) -> None:

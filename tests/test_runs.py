@@ -176,6 +176,13 @@ def test_a_run_that_is_there_is_not_overwritten_and_the_way_on_is_told(run):
         run.refuse_to_overwrite(epochs=3)
     with pytest.raises(UserError, match=r"toy_p4_last\.t is a finished run \(2 epochs\): --overwrite"):
         run.refuse_to_overwrite(epochs=2)
+    save_checkpoint({"net": NET, "epoch": 2, "evaluated": 0}, run.last)  # its last evaluation failed
+    with pytest.raises(UserError, match=r"stopped after epoch 2 of 2: --resume auto continues it"):
+        run.refuse_to_overwrite(epochs=2)
+    run.best.touch()
+    run.last.unlink()  # as who makes room does it
+    with pytest.raises(UserError, match=r"toy_p4_best\.t is of a run whose toy_p4_last\.t is gone"):
+        run.refuse_to_overwrite(epochs=2)
 
 
 def test_remove_takes_all_of_the_run_and_nothing_else(run, tmp_path):
