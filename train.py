@@ -359,7 +359,7 @@ def main(command: list[str]) -> int | None:
         raise UserError(
             f"--resume {args.resume}: a file is one trial's run; --resume auto goes with --trial all"
         )
-    commands = [command]
+    commands, run = [command], None
     if args.trial == "all":
         commands = [[*command, "--trial", str(trial)] for trial in DATASETS[args.dataset].trials]
     try:
@@ -383,8 +383,10 @@ def main(command: list[str]) -> int | None:
     except (KeyboardInterrupt, SystemExit) as stop:
         # Every finished epoch is saved already. The next Ctrl-C ends the process at once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        words = [word for word in sys.argv if word != "--overwrite"]
-        words += [] if args.resume else ["--resume", "auto"]
+        # An old run that is still there, because the new one has not begun, is still to be replaced.
+        replaced = args.trial == "all" or (run is not None and run.begun)
+        words = [word for word in sys.argv if word != "--overwrite" or not replaced]
+        words += [] if args.resume or "--overwrite" in words else ["--resume", "auto"]
         launcher = ["torchrun", "--nproc_per_node", str(processes.world_size)]
         words = [*(launcher if processes.world_size > 1 else ["python"]), *words]
         log.info("stopped; to continue: %s", shlex.join(words))

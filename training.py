@@ -269,8 +269,11 @@ def restore(training: Training, checkpoint: dict) -> None:
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{resume}: cannot restore the optimiser's state: {error}") from error
+        raise UserError(f"{resume}: cannot restore the state of training: {error}") from error
     if checkpoint["data"] != training.data:
+        counts, saved_counts = (str(data).rpartition(", ")[0] for data in (training.data, checkpoint["data"]))
+        if training.args.dataset == "folder" and counts != saved_counts:  # two folders, one run's name
+            raise UserError(f"{resume}: its {saved_counts}; not {counts}: give the new run a --name")
         log.warning("the training data has changed; the run started with %s", checkpoint["data"])
     training.epoch, training.evaluated = checkpoint["epoch"], checkpoint["evaluated"]
     training.best = checkpoint["best"]

@@ -81,6 +81,7 @@ class Run:
         self.events = Path(log_path) / "vis_log" / self.name
         self._lock = FileLock(self.last.parent / f".{self.name}.lock")
         self._handler: logging.Handler | None = None
+        self.begun = False  # whether this process has opened the run's log
 
     def refuse_unwritable(self) -> None:
         """Raise UserError if one of the run's folders cannot be written; leaves nothing behind."""
@@ -136,6 +137,7 @@ class Run:
 
     def open_log(self) -> None:
         """Write all log messages to the run's log file too."""
+        self.begun = True
         self._handler = LogFile(self.log, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(self._handler)

@@ -219,8 +219,11 @@ def test_a_signal_stops_the_decoding_of_images(tmp_path, train_here, monkeypatch
     monkeypatch.setattr(arrays, "decode", interrupted)
     status, output, _ = train_here(*tiny_flags(root), "--dataset", "regdb", "--epochs", 1)
     assert status == 143
-    assert "stopped; to continue: " in output
+    assert output.splitlines()[-1].endswith("--resume auto")
     assert not [path for path in root.iterdir() if "resized" in path.name]
+    status, output, _ = train_here(*tiny_flags(root), "--dataset", "regdb", "--epochs", 1, "--overwrite")
+    assert status == 143  # before anything was replaced: the same command is to be given again
+    assert output.splitlines()[-1].endswith("--overwrite")
 
 
 def test_a_signal_stops_all_processes_together(sysu, tmp_path):
