@@ -7,10 +7,6 @@ It runs the real scripts and prints each command first.
 """
 
 import json
-import os
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +16,9 @@ import torch.nn.functional as F
 from data_manager import DATASETS
 from eval_metrics import summarize
 from evaluation import Evaluation, Protocol
-from utils import Parser, UserError, device_flags, run_script, seed_number
+from tools.commands import machine_flags, run
+from utils import Parser, device_flags, run_script, seed_number
 
-HERE = Path(__file__).resolve().parent
 IDENTITIES, TEST_IDENTITIES, IMAGES = 210, 40, 2  # many people, few images per camera
 SIZE = ("--img-h", "64", "--img-w", "48")
 # To train from scratch within minutes: a small network, a high rate, and one stem for both modalities. With
@@ -53,17 +49,6 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def run(script: str, *words: object) -> None:
-    """Print the command of a script or a package, then run it; UserError if it fails."""
-    words = list(map(str, words))
-    print(f"\n$ {shlex.join(['python', *script.split(), *words])}", flush=True)
-    script_words = [HERE / script] if script.endswith(".py") else script.split()
-    environment = os.environ | {"PYTHONPATH": str(HERE)}  # python -m finds the package from any folder
-    status = subprocess.run([sys.executable, *script_words, *words], env=environment, check=False).returncode
-    if status:
-        raise UserError(f"{script} failed with status {status}, see above")
-
-
 def chance(root: Path, protocol: Protocol, seed: int) -> dict[str, float]:
     """The metrics of random features, averaged over ten trials.
 
@@ -92,9 +77,7 @@ def main(args: object) -> None:
         people = ("--identities", IDENTITIES, "--test-identities", TEST_IDENTITIES, "--images", IMAGES)
         run("-m synthetic", "--dataset", "sysu", "--data-path", data, *people, "--seed", args.seed)
     run("pre_process_sysu.py", "--data-path", data, *SIZE, "--workers", args.workers)
-    machine = (
-        "--gpu", args.gpu, "--amp", args.amp, "--workers", args.workers, "--test-batch", args.test_batch,
-    )  # fmt: skip
+    machine = machine_flags(args)
     settings = (
         "--data-path", data, *SIZE, *NETWORK, *BATCHES, *SCHEDULE, "--seed", args.seed, "--select", "last",
         *machine, "--overwrite",

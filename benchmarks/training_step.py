@@ -115,7 +115,7 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
         training.bank.reset(means)
         check(training)
         pixels = training.loader.images["visible"][:16]
-        check_input(np.array(torch.as_tensor(pixels).cpu()), device)
+        check_input(pixels.cpu().numpy() if isinstance(pixels, torch.Tensor) else np.array(pixels), device)
 
         ours = our_steps(training, steps)
         on_gpu = _gpu_notes(training, ours, steps)  # before other networks use memory

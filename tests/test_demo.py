@@ -21,9 +21,7 @@ def tiny(monkeypatch):
 
 
 def test_the_demo(tiny, tmp_path, capfd):
-    args = demo.get_args_parser().parse_args(
-        ["--output", str(tmp_path), "--seed", "3", "--gpu", "-1", "--workers", "1"]
-    )
+    args = demo.get_args_parser().parse_args(["--output", str(tmp_path), "--seed", "3", "--workers", "1"])
     demo.main(args)
     out = capfd.readouterr().out
     scripts = re.findall(r"^\$ python (\S+\.py|-m \w+)", out, re.MULTILINE)
@@ -57,6 +55,6 @@ def test_a_second_demo_draws_only_for_another_seed(tmp_path, monkeypatch, capsys
 
 
 def test_a_script_that_fails_ends_the_demo(tmp_path, capfd):
-    with pytest.raises(UserError, match=r"pre_process_sysu\.py failed with status 2, see above"):
+    with pytest.raises(UserError, match=r"pre_process_sysu\.py failed with status 2: see above"):
         demo.run("pre_process_sysu.py", "--data-path", tmp_path / "nowhere")
     assert "nowhere" in capfd.readouterr().err

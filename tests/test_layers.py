@@ -12,7 +12,7 @@ LIBRARY = (  # each may import those before it
     "utils", "devices", "checkpoints", "images", "augmentation", "storage", "storage.lists",
     "storage.own_data", "storage.arrays", "data_manager", "data_loader", "memory", "loss", "model",
     "reranking", "eval_metrics", "evaluation", "runs", "runs.settings", "training", "synthetic.people",
-    "synthetic", "results",
+    "synthetic", "results", "tools.commands",
 )  # fmt: skip
 COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}
 WITHOUT_TORCH = ("utils", "images", "storage.lists", "storage.own_data", "data_manager", "synthetic")

@@ -49,5 +49,5 @@ def run(
     )  # fmt: skip
     if done.returncode not in accepted:
         why = (done.stdout or "see above").strip()[-500:]
-        raise UserError(f"{script} ended with status {done.returncode}: {why}")
+        raise UserError(f"{script} failed with status {done.returncode}: {why}")
     return done.returncode, done.stdout or ""
