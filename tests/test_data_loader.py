@@ -1,5 +1,6 @@
 """data_loader.py: identity batches and the loaders of training, memory and evaluation."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -165,6 +166,27 @@ def test_read_ahead_raises_what_its_items_raise_and_closes_them():
     stopped.close()
     assert len(ahead) < 10  # of a hundred: memory holds a few batches
     assert threading.active_count() == before
+
+
+def test_a_stop_is_not_hidden_by_a_thread_that_is_still_reading(monkeypatch):
+    """Ctrl-C while the thread was starting: the pool does not wait for it."""
+
+    class Unjoined(data_loader.ThreadPoolExecutor):
+        def shutdown(self, **_):
+            super().shutdown(wait=False, cancel_futures=True)
+
+    monkeypatch.setattr(data_loader, "ThreadPoolExecutor", Unjoined)
+    release = threading.Event()
+
+    def items():
+        yield 1
+        release.wait()
+        yield 2
+
+    with pytest.raises(KeyboardInterrupt), contextlib.closing(read_ahead(items(), CPU)) as ahead:
+        assert next(ahead) == 1
+        raise KeyboardInterrupt
+    release.set()
 
 
 @pytest.mark.parametrize("cache", ["disk", "device"])
