@@ -119,8 +119,9 @@ def read_ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
             yield item
     finally:
         pool.shutdown(cancel_futures=True)
-        # Ctrl-C while the thread is starting leaves a thread that the pool does not know, and so not wait for.
-        with contextlib.suppress(ValueError):  # the generator is executing: it ends with that thread
+        # Ctrl-C while the thread is starting leaves a thread that the pool does not wait for. It may be inside
+        # the generator, which cannot be closed then, and ends with the thread.
+        with contextlib.suppress(ValueError):
             items.close()
 
 

@@ -1,6 +1,5 @@
 """data_loader.py: identity batches and the loaders of training, memory and evaluation."""
 
-import contextlib
 import threading
 from pathlib import Path
 
@@ -176,16 +175,19 @@ def test_a_stop_is_not_hidden_by_a_thread_that_is_still_reading(monkeypatch):
             super().shutdown(wait=False, cancel_futures=True)
 
     monkeypatch.setattr(data_loader, "ThreadPoolExecutor", Unjoined)
-    release = threading.Event()
+    reading, release = threading.Event(), threading.Event()
 
     def items():
         yield 1
+        reading.set()
         release.wait()
         yield 2
 
-    with pytest.raises(KeyboardInterrupt), contextlib.closing(read_ahead(items(), CPU)) as ahead:
-        assert next(ahead) == 1
-        raise KeyboardInterrupt
+    ahead = read_ahead(items(), CPU)
+    assert next(ahead) == 1
+    assert reading.wait(30)
+    with pytest.raises(KeyboardInterrupt):
+        ahead.throw(KeyboardInterrupt())
     release.set()
 
 
