@@ -119,7 +119,7 @@ def read_ahead(items: Iterator[Item], device: torch.device) -> Iterator[Item]:
             yield item
     finally:
         pool.shutdown(cancel_futures=True)
-        # Ctrl-C while the thread is starting leaves a thread that the pool does not wait for. It may be inside
+        # Ctrl-C while the thread is starting leaves a thread that the pool does not wait for. It may be in
         # the generator, which cannot be closed then, and ends with the thread.
         with contextlib.suppress(ValueError):
             items.close()
