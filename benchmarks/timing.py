@@ -44,8 +44,7 @@ def peak_memory(function: Callable[..., object], *args) -> int:
 def run_alone(prepare: Callable[..., Callable[[], object]], *args) -> tuple[float, int]:
     """Return (seconds, bytes) of the callable that prepare(*args) returns, called in a new process.
 
-    bytes: the peak increase in memory during the call, after prepare: resident memory (Linux only), or GPU
-    memory if prepare has used the GPU. On a GPU the callable is called once before.
+    bytes: the peak increase in resident memory during the call, after prepare (Linux only).
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -60,17 +59,20 @@ def run_alone(prepare: Callable[..., Callable[[], object]], *args) -> tuple[floa
         process.join()
 
 
+def run_on_gpu(prepare: Callable[..., Callable[[], object]], *args) -> tuple[float, int]:
+    """Return (seconds, bytes of GPU memory beyond what prepare took) of the second call of prepare(*args)."""
+    function = prepare(*args)
+    function()  # loads kernels
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before, start = torch.cuda.memory_allocated(), time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
+
+
 def _measure(sender, prepare: Callable[..., Callable[[], object]], args: tuple) -> None:
     function = prepare(*args)
-    if torch.cuda.is_initialized():
-        function()  # loads kernels
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before, start = torch.cuda.memory_allocated(), time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        sender.send((time.perf_counter() - start, torch.cuda.max_memory_allocated() - before))
-        return
     # Resets the peak. Where this is not allowed, the increase is above the peak of prepare.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

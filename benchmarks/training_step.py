@@ -102,9 +102,13 @@ def check(training: Training) -> None:
 
 
 def run(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Return three rows: against the bare step, its wait for input, and against the plain loop."""
+    """Return three rows: against the bare step, its wait for input, and against the plain loop.
+
+    On a GPU two more: with float16, and compiled, both against the step without.
+    """
     sizes = TINY if quick else FULL if device == "cuda" else SMALL
     steps, repeats = (2, 1) if quick else (20, 5) if device == "cuda" else (1, 5)
+    few = min(steps, 2)  # of the plain loop, whose input takes long
     words = [word for name, value in sizes.items() for word in (f"--{name}", value)]
     identities = 8 if quick else 395 if device == "cuda" else 40
     counts = {"visible": 8 * identities, "infrared": 4 * identities}
@@ -119,7 +123,7 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
 
         ours = our_steps(training, steps)
         on_gpu = _gpu_notes(training, ours, steps)  # before other networks use memory
-        bare, plain = bare_steps(training, steps), plain_steps(training, steps)
+        bare, plain = bare_steps(training, steps), plain_steps(training, few)
         num_images = 3 * sizes["batch-size"] * sizes["num-pos"]
         size = f"{num_images} images {sizes['img-h']}x{sizes['img-w']}, {sizes['arch']}"
         precision = str(training.dtype or torch.float32).removeprefix("torch.")
@@ -128,7 +132,13 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
         waiting = training.loader.wait_seconds / (ours_s * steps)
         share = f"{ours_s / bare_s:.2f} of the bare step"
         plain()  # lets cuDNN choose its fastest convolutions
-        plain_s, again_s = (seconds / steps for seconds in compare(plain, ours, min(repeats, 3)))
+        plain_s, again_s = compare(plain, ours, min(repeats, 3))
+        plain_s, again_s = plain_s / few, again_s / steps
+        others = {}
+        for name in ("--amp fp16", "--compile") if device == "cuda" and not quick else ():
+            other = training_of(Path(folder, "sysu"), device, *words, *name.split())
+            other.bank.reset(means)
+            others[name] = [s / steps for s in compare(ours, our_steps(other, steps), repeats)]
         notes = [precision, share, speed, *on_gpu]
         tf32 = ", TF32 convolutions" if device == "cuda" and torch.backends.cudnn.allow_tf32 else ""
     return [
@@ -158,6 +168,17 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
             "bound": 3.0,
             "note": f"{precision} against float32{tf32}",
         },
+        *(
+            {
+                "work": f"training step with {name}, {size}",
+                "baseline_s": without_s,
+                "ours_s": with_s,
+                "ratio": without_s / with_s,
+                "bound": None,
+                "note": f"the baseline: ours in {precision}, not compiled",
+            }
+            for name, (without_s, with_s) in others.items()
+        ),
     ]
 
 
