@@ -59,79 +59,9 @@ class Protocol:
         return ", ".join(words)
 
 
-def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
-    """The settings that a checkpoint was trained with, by train.py's flags; {} for the released code's.
-
-    Raises UserError, naming path, if a setting that evaluation reads is invalid.
-    """
-
-    def number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    valid = {
-        "dataset": lambda value: isinstance(value, str) and value in DATASETS,
-        "img_h": lambda value: number(value) and value >= 8,
-        "img_w": lambda value: number(value) and value >= 8,
-        "amp": lambda value: value in ("auto", "bf16", "fp16", "off"),
-        "trial": lambda value: value is None or (isinstance(value, str) and value.isdecimal()),
-        "pixel_range": lambda value: value is None or (len(value) == 2 and all(map(number, value))),
-    }
-    settings = checkpoint.get("args")
-    if not isinstance(settings, dict):
-        return {}
-    for key, holds in valid.items():
-        try:
-            good = key not in settings or holds(settings[key])
-        except TypeError:  # no length, say
-            good = False
-        if not good:
-            raise UserError(f"{path}: invalid settings: {key} {settings[key]!r}")
-    return settings
-
-
 def mode_name(text: str) -> str:
     """An argparse type: the name of a mode; RegDB calls its infrared images thermal."""
     return text.replace("thermal", "infrared")
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How many images and identities the metrics of one protocol and trial are based on."""
-
-    queries: int  # query images
-    gallery: int  # gallery images
-    identities: int  # in queries and gallery combined
-    candidates: int  # identities in the gallery; with only one, every ranking is right
-    counted: int  # queries with a match; the averages are over these
-
-    def __str__(self) -> str:
-        unmatched = self.queries - self.counted
-        matches = f"{unmatched:,} of them without a match and left out" if unmatched else "all with a match"
-        images = f"{self.gallery:,} gallery images, {self.identities:,} identities"
-        return f"{self.queries:,} queries, {matches}, {images}"
-
-
-COUNTED = {
-    "queries": "queries",
-    "gallery": "gallery images",
-    "identities": "identities",
-    "counted": "queries with a match",
-}
-# (dataset, mode, shot) -> published values of Counts; both modes of RegDB and LLCM have the same.
-PUBLISHED = {
-    ("sysu", "all", 1): {"queries": 3803, "gallery": 301, "identities": 96, "counted": 3803},
-    ("sysu", "all", 10): {"queries": 3803, "gallery": 3010, "identities": 96, "counted": 3803},
-    ("sysu", "indoor", 1): {"queries": 3803, "gallery": 112, "identities": 96, "counted": 2208},
-    ("sysu", "indoor", 10): {"queries": 3803, "gallery": 1120, "identities": 96, "counted": 2208},
-    **{
-        (name, mode, 1): numbers
-        for name, numbers in (
-            ("regdb", {"queries": 2060, "gallery": 2060, "identities": 206, "counted": 2060}),
-            ("llcm", {"identities": 1064 - 713}),
-        )
-        for mode in data_manager.BOTH_WAYS
-    },
-}
 
 
 class Evaluation:
@@ -166,7 +96,6 @@ class Evaluation:
         self.protocols, self.more = list(protocols), list(more)
         self.pixels: dict[str, np.ndarray] = {}  # {modality: (n, H, W, 3) uint8}, filled by `load`
         self.samples: dict[tuple[Protocol, int], tuple[Samples, Samples]] = {}  # query, gallery
-        self.counts: dict[tuple[Protocol, int], Counts] = {}
         queries: dict[tuple[str, int | None], Samples] = {}  # RegDB's differ between trials
         for protocol in protocols:
             choice = {"mode": protocol.mode, "split": protocol.split}
@@ -180,7 +109,7 @@ class Evaluation:
                     allow_short=allow_short, **choice,
                 )  # fmt: skip
                 self.samples[protocol, trial] = queries[key], gallery
-                self.counts[protocol, trial] = count(protocol, queries[key], gallery, root)
+                refuse_without_match(protocol, queries[key], gallery, root)
         self.short = self._short_cells() if allow_short else ""
         self.rows: dict[str, dict[str, int]] = {"visible": {}, "infrared": {}}  # path -> row of the features
         for samples in self.all_samples():
@@ -195,22 +124,6 @@ class Evaluation:
             cells, counts = np.unique([gallery.pids, gallery.camids], axis=1, return_counts=True)
             short |= {(protocol.shot, *cell) for cell in cells.T[counts < protocol.shot].tolist()}
         return f"{len(short)} (id, camera) of the galleries have too few images" if short else ""
-
-    def warnings(self) -> list[str]:
-        """Warnings for the reader of the results: unusual counts, or a gallery with a single identity."""
-        lines = []
-        for (protocol, _), counts in self.counts.items():
-            published = PUBLISHED.get((protocol.dataset, protocol.mode, protocol.shot), {})
-            actual = {name: getattr(counts, name) for name in published}
-            if actual != published and protocol.split == "test" and not lines:
-                differing = (name for name in published if actual[name] != published[name])
-                words = (f"{actual[name]:,} {COUNTED[name]} ({published[name]:,})" for name in differing)
-                lines.append(f"{protocol.title}: not the published counts (in brackets): {', '.join(words)}")
-        if any(counts.candidates == 1 for counts in self.counts.values()):
-            lines.append(
-                "a gallery has one identity only: its metrics mean nothing, since every ranking is right"
-            )
-        return lines
 
     def all_samples(self, trial: int | None = None) -> list[Samples]:
         """The queries and galleries of every protocol and trial (or of one trial), and `more`."""
@@ -309,23 +222,15 @@ class Evaluation:
         return results
 
 
-def count(protocol: Protocol, query: Samples, gallery: Samples, root: str | os.PathLike) -> Counts:
-    """Count the images and identities of a protocol and trial.
-
-    Args:
-        protocol: whose rules decide what a match is.
-        query, gallery: the images.
-        root: the dataset's folder, for messages.
-
-    Raises:
-        UserError: no query has a match; or --ignore-same-camera and an image without a camid.
-    """
+def refuse_without_match(
+    protocol: Protocol, query: Samples, gallery: Samples, root: str | os.PathLike
+) -> None:
+    """Raise UserError if no query has a match, or --ignore-same-camera meets an image without a camid."""
     for samples in (query, gallery) if protocol.ignore_same_camera else ():
         if not samples.camids.all():
             path = samples.paths[int(np.argmin(samples.camids))]
             raise UserError(f"--ignore-same-camera: {path} has no camid")
-    has_match = matched(protocol.rule, query.pids, gallery.pids, query.camids, gallery.camids)
-    if not has_match.any():
+    if not matched(protocol.rule, query.pids, gallery.pids, query.camids, gallery.camids).any():
         rule = "no id is in both queries and gallery"
         if np.isin(query.pids, gallery.pids).any():
             rule = {
@@ -333,8 +238,6 @@ def count(protocol: Protocol, query: Samples, gallery: Samples, root: str | os.P
                 "llcm": "every match is from the query's own camera, which is ignored",
             }[protocol.rule]
         raise UserError(f"{root}: {protocol.title}: no query has a match: {rule}")
-    identities, candidates = np.union1d(query.pids, gallery.pids), np.unique(gallery.pids)
-    return Counts(len(query), len(gallery), len(identities), len(candidates), int(has_match.sum()))
 
 
 def reranking_of(protocol: Protocol, name: str | None) -> Callable[[Array, Array], Array] | None:

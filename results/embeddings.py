@@ -21,9 +21,9 @@ from augmentation import normalize, pinned
 from checkpoints import fingerprint, load_checkpoint
 from data_loader import read_ahead
 from data_manager import DATASETS
-from evaluation import saved_settings
 from images import DECODE_PIECE, PixelRange, UnreadableImages, read_image, to_pixels
 from model import TwoStreamResNet, build_model, extract_features
+from results.testing import saved_settings
 from storage.lists import IMAGE_SUFFIXES
 from utils import UserError
 

@@ -15,6 +15,7 @@ import scipy.io
 
 from eval_metrics import Metrics, summarize
 from evaluation import Evaluation
+from results.tables import counts_of, warnings
 from runs import versions
 from utils import whole_file
 
@@ -80,18 +81,18 @@ def save_json(
     checkpoints: see tables.heading; results: see tables.Results. Counts and metrics are of every trial.
     """
     trials = [trial for checkpoint in checkpoints for trial in checkpoint["trials"]]
-    rows = []
+    rows, counts = [], counts_of(evaluation)
     for (protocol, flip, rerank), metrics in results.items():
         mean, deviation = summarize(metrics)
         rows.append(
             asdict(protocol)
             | {"flip": flip, "rerank": rerank}
-            | {"counts": {trial: asdict(evaluation.counts[protocol, trial]) for trial in trials}}
+            | {"counts": {trial: asdict(counts[protocol, trial]) for trial in trials}}
             | {"trials": dict(zip(trials, map(_numbers, metrics), strict=True))}
             | {"mean": _numbers(mean), "std": _numbers(deviation)}
         )
     report = {"checkpoints": checkpoints, "settings": settings, "versions": versions()}
-    report |= {"device": str(device), "warnings": evaluation.warnings(), "results": rows}
+    report |= {"device": str(device), "warnings": warnings(counts), "results": rows}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1, default=_plain), encoding="utf-8")
 

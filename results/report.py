@@ -17,7 +17,7 @@ from results import figures, sprites
 from results.evaluated import Evaluated
 from results.rankings import RULES, choose_queries
 from results.similarity import Similarities, equal_error_rate, overlap
-from results.tables import COLUMNS, per_cent
+from results.tables import COLUMNS, counts_of, per_cent, warnings
 from utils import UserError, log, whole_file
 
 FIGURES = {  # in the page's order: what each shows, as a screen reader says it
@@ -149,7 +149,9 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
         "facts": facts,
         "logs": [(each.label, each.log.facts) for each in findings.everyone if each.log],
         "selections": [(each.label, selection(each)) for each in findings.everyone],
-        "notes": list(filter(None, [findings.first.evaluation.short, *findings.first.evaluation.warnings()])),
+        "notes": list(
+            filter(None, [findings.first.evaluation.short, *warnings(counts_of(findings.first.evaluation))])
+        ),
         "data": browser(findings, workers),
         "style": Markup((templates / "report.css").read_text(encoding="utf-8")),
         "script": Markup((templates / "report.js").read_text(encoding="utf-8")),
@@ -174,7 +176,7 @@ def result_rows(findings: Findings) -> list[dict]:
     rows = []
     for protocol in findings.protocols:
         for each in findings.everyone:
-            counts = [own for (p, _), own in each.evaluation.counts.items() if p == protocol]
+            counts = [own for (p, _), own in counts_of(each.evaluation).items() if p == protocol]
             for rerank in findings.reranks:
                 metrics = each.results[protocol, rerank]
                 mean, deviation = summarize(metrics)

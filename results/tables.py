@@ -1,9 +1,12 @@
-"""Tables of results, ready to paste: per cent with two decimals, as plain text, Markdown or LaTeX."""
+"""Tables of results, ready to paste, and what they are based on: numbers of images and identities."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from data_manager import DATASETS
-from eval_metrics import Metrics, summarize
+import numpy as np
+
+from data_manager import BOTH_WAYS, DATASETS
+from eval_metrics import Metrics, matched, summarize
 from evaluation import Evaluation, Protocol
 
 Results = dict[tuple[Protocol, bool, str | None], list[Metrics]]  # (protocol, flip, re-ranking) -> of trials
@@ -84,12 +87,84 @@ def heading(checkpoints: Sequence[Mapping], evaluation: Evaluation) -> list[str]
         f"{facts.title}, per cent, {scope}",
         f"{checkpoints[0]['path']}{siblings}: trained on {trained_on}, epoch {epochs}{of}; {chosen}",
     ]
+    counts = counts_of(evaluation)
     for protocol in evaluation.protocols:
-        counts = _distinct((str(evaluation.counts[protocol, trial]) for trial in trials), "; or ")
-        lines.append(f"{protocol.row}: {counts}")
-    return lines + [f"warning: {warning}" for warning in evaluation.warnings()]
+        words = _distinct((str(counts[protocol, trial]) for trial in trials), "; or ")
+        lines.append(f"{protocol.row}: {words}")
+    return lines + [f"warning: {warning}" for warning in warnings(counts)]
 
 
 def _distinct(words: Iterable[str], separator: str = ", ") -> str:
     """The words, each once."""
     return separator.join(dict.fromkeys(words))
+
+
+# --- what the metrics are based on
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many images and identities the metrics of one protocol and trial are based on."""
+
+    queries: int  # query images
+    gallery: int  # gallery images
+    identities: int  # in queries and gallery combined
+    candidates: int  # identities in the gallery; with only one, every ranking is right
+    counted: int  # queries with a match; the averages are over these
+
+    def __str__(self) -> str:
+        unmatched = self.queries - self.counted
+        matches = f"{unmatched:,} of them without a match and left out" if unmatched else "all with a match"
+        images = f"{self.gallery:,} gallery images, {self.identities:,} identities"
+        return f"{self.queries:,} queries, {matches}, {images}"
+
+
+COUNTED = {
+    "queries": "queries",
+    "gallery": "gallery images",
+    "identities": "identities",
+    "counted": "queries with a match",
+}
+# (dataset, mode, shot) -> published values of Counts; both modes of RegDB and LLCM have the same.
+PUBLISHED = {
+    ("sysu", "all", 1): {"queries": 3803, "gallery": 301, "identities": 96, "counted": 3803},
+    ("sysu", "all", 10): {"queries": 3803, "gallery": 3010, "identities": 96, "counted": 3803},
+    ("sysu", "indoor", 1): {"queries": 3803, "gallery": 112, "identities": 96, "counted": 2208},
+    ("sysu", "indoor", 10): {"queries": 3803, "gallery": 1120, "identities": 96, "counted": 2208},
+    **{
+        (name, mode, 1): numbers
+        for name, numbers in (
+            ("regdb", {"queries": 2060, "gallery": 2060, "identities": 206, "counted": 2060}),
+            ("llcm", {"identities": 1064 - 713}),
+        )
+        for mode in BOTH_WAYS
+    },
+}
+
+
+def counts_of(evaluation: Evaluation) -> dict[tuple[Protocol, int], Counts]:
+    """The counts of every protocol and trial."""
+    found = {}
+    for (protocol, trial), (query, gallery) in evaluation.samples.items():
+        has_match = matched(protocol.rule, query.pids, gallery.pids, query.camids, gallery.camids)
+        identities, candidates = np.union1d(query.pids, gallery.pids), np.unique(gallery.pids)
+        numbers = len(query), len(gallery), len(identities), len(candidates), int(has_match.sum())
+        found[protocol, trial] = Counts(*numbers)
+    return found
+
+
+def warnings(counts_of_all: Mapping[tuple[Protocol, int], Counts]) -> list[str]:
+    """Warnings for the reader of the results: unusual counts, or a gallery with a single identity."""
+    lines = []
+    for (protocol, _), counts in counts_of_all.items():
+        published = PUBLISHED.get((protocol.dataset, protocol.mode, protocol.shot), {})
+        actual = {name: getattr(counts, name) for name in published}
+        if actual != published and protocol.split == "test" and not lines:
+            differing = (name for name in published if actual[name] != published[name])
+            words = (f"{actual[name]:,} {COUNTED[name]} ({published[name]:,})" for name in differing)
+            lines.append(f"{protocol.title}: not the published counts (in brackets): {', '.join(words)}")
+    if any(counts.candidates == 1 for counts in counts_of_all.values()):
+        lines.append(
+            "a gallery has one identity only: its metrics mean nothing, since every ranking is right"
+        )
+    return lines

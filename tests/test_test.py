@@ -18,6 +18,7 @@ from conftest import REPOSITORY, run_script
 import images
 import synthetic
 from checkpoints import load_checkpoint, save_checkpoint
+from results import testing
 from tests.oracles import evaluate_loop
 from utils import UserError
 
@@ -57,7 +58,7 @@ def write_tiny(path, seed=0, **facts):
 def tiny(monkeypatch):
     """Let test.py build a TinyNetwork from what it is given."""
     monkeypatch.setattr(
-        script, "build_model", lambda checkpoint, path: TinyNetwork(checkpoint["net"]["weight"])
+        testing, "build_model", lambda checkpoint, path: TinyNetwork(checkpoint["net"]["weight"])
     )
 
 
@@ -420,8 +421,8 @@ def test_several_processes_are_refused(evaluate, monkeypatch):
 
 def test_each_checkpoint_is_read_once(trials_of_regdb, regdb, sysu_flags, evaluate, monkeypatch):
     read = []
-    original = script.load_checkpoint
-    monkeypatch.setattr(script, "load_checkpoint", lambda path: read.append(str(path)) or original(path))
+    original = testing.load_checkpoint
+    monkeypatch.setattr(testing, "load_checkpoint", lambda path: read.append(str(path)) or original(path))
     evaluate("--resume", trials_of_regdb / "run_trial_3_best.t", "--data-path", regdb)
     assert len(read) == len(set(read)) == 10
     read.clear()
@@ -592,7 +593,7 @@ def test_bad_input_is_refused_in_one_line(sysu, regdb, sysu_flags, trials_of_reg
     refused = [
         ("no file at", "--resume", tmp_path / "none.t", *rest),
         ("not a complete file of torch.save", "--resume", tmp_path / "file", *rest),
-        ("no checkpoint at .* for trial 1, 2, .*10", "--resume", "nothing_trial_{trial}_best.t"),
+        ("no checkpoint of trial 1, 2, .*10", "--resume", "nothing_trial_{trial}_best.t"),
         ("only RegDB has", "--resume", "x_{trial}_best.t", "--dataset", "sysu", *rest),
         ("--trial 10: SYSU-MM01 has the trials 0 to 9", *sysu_flags, "--trial", 10),
         ("--trial 0: RegDB has the trials 1 to 10", *regdb_flags, "--trial", 0),

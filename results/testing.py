@@ -1,0 +1,269 @@
+"""What test.py and tools.report share: their flags, the checkpoints that they evaluate, and the features."""
+
+import argparse
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import data_manager
+from checkpoints import load_checkpoint
+from data_manager import DATASETS, Samples
+from devices import Processes, autocast_dtype
+from evaluation import Evaluation, Features, Protocol, mode_name
+from model import TwoStreamResNet, build_model
+from reranking import RERANKING
+from utils import Parser, UserError, data_flags, device_flags, log
+
+TRIAL_IN_NAME = re.compile(r"_trial_\d+(?=_)")
+
+
+@dataclass
+class Model:
+    """A checkpoint to evaluate, read once, and the trials to evaluate it on."""
+
+    path: Path
+    checkpoint: dict
+    settings: dict[str, object]  # that it was trained with; {} for the released code's
+    trials: list[int]
+
+    def facts(self) -> dict[str, object]:
+        """Path, trials and what the checkpoint records about itself."""
+        kept = ("epoch", "selection", "protocol", "best", "data")
+        recorded = {key: self.checkpoint[key] for key in kept if key in self.checkpoint}
+        return {"path": str(self.path), "trials": self.trials, "args": self.settings} | recorded
+
+
+def evaluation_flags() -> Parser:
+    """Flags of the commands that evaluate checkpoints; what is not typed comes from those or the dataset."""
+    parser = Parser(add_help=False, parents=[data_flags(), device_flags()])
+    add = parser.add_argument_group("what is evaluated").add_argument
+    add("--dataset", choices=DATASETS, help="(the checkpoint's, or sysu)")
+    add(
+        "--mode", type=mode_name, nargs="+", metavar="MODE",
+        help="sysu: all, indoor (all); others: visible-to-infrared, infrared-to-visible (both), or -thermal",
+    )  # fmt: skip
+    add("--shot", type=int, nargs="+", choices=(1, 10), default=[1], help="gallery images of sysu (1)")
+    add(
+        "--galleries", choices=("seeded", "published"), default="seeded",
+        help="sysu: drawn by random.Random(trial), or the dataset authors' exp/rand_perm_cam.mat (seeded)",
+    )  # fmt: skip
+    add("--trial", metavar="N", help="one trial, or all (all; for a model of one RegDB trial: that trial)")
+    add("--allow-short", action="store_true", help="accept galleries with fewer images than --shot")
+    add(
+        "--ignore-same-camera", action="store_true",
+        help="own images: ignore gallery images of the query's identity and camera, and let CMC count "
+        "identities, as LLCM does",
+    )  # fmt: skip
+    add("--rerank", nargs="+", choices=RERANKING, default=[], help="add rows with re-ranked galleries")
+    add(
+        "--model-path", default="save_model", metavar="DIR",
+        help="second folder to look for checkpoints in (save_model)",
+    )  # fmt: skip
+    return parser
+
+
+def parse_and_find(
+    parser: Parser, command: Sequence[str], resume: str | None = None
+) -> tuple[argparse.Namespace, list[Model]]:
+    """The settings to evaluate a checkpoint with: the dataset's, replaced by its own, replaced by typed ones.
+
+    Args:
+        parser: with evaluation_flags.
+        command: the words of the command line.
+        resume: the checkpoint; None: that of --resume.
+
+    Returns:
+        The settings, and the checkpoints, each read from disk once: one, or one for each trial of RegDB.
+
+    Raises:
+        UserError: a wrong flag, or a checkpoint that is missing, broken or does not fit.
+    """
+    typed = parser.parse_args(command)
+    models = find_models(typed, resume or typed.resume)
+    saved = {key: value for key, value in models[0].settings.items() if value is not None}
+    facts = DATASETS[typed.dataset]  # filled in by find_models
+    modes = ["all"] if typed.dataset == "sysu" else list(facts.modes)
+    parser.set_defaults(dataset=typed.dataset, trial=typed.trial or "all", mode=modes)
+    parser.set_defaults(img_h=facts.height, img_w=facts.width)
+    parser.set_defaults(**{key: saved[key] for key in ("img_h", "img_w", "amp") if key in saved})
+    args = parser.parse_args(command)
+    if args.ignore_same_camera and args.dataset != "folder":
+        raise UserError(f"--ignore-same-camera is for own images; {facts.title} has its own rule")
+    return args, models
+
+
+def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
+    """The settings that a checkpoint was trained with, by train.py's flags; {} for the released code's.
+
+    Raises UserError, naming path, if a setting that evaluation reads is invalid.
+    """
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    valid = {
+        "dataset": lambda value: isinstance(value, str) and value in DATASETS,
+        "img_h": lambda value: number(value) and value >= 8,
+        "img_w": lambda value: number(value) and value >= 8,
+        "amp": lambda value: value in ("auto", "bf16", "fp16", "off"),
+        "trial": lambda value: value is None or (isinstance(value, str) and value.isdecimal()),
+        "pixel_range": lambda value: value is None or (len(value) == 2 and all(map(number, value))),
+    }
+    settings = checkpoint.get("args")
+    if not isinstance(settings, dict):
+        return {}
+    for key, holds in valid.items():
+        try:
+            good = key not in settings or holds(settings[key])
+        except TypeError:  # no length, say
+            good = False
+        if not good:
+            raise UserError(f"{path}: invalid settings: {key} {settings[key]!r}")
+    return settings
+
+
+def find_models(args: argparse.Namespace, resume: str) -> list[Model]:
+    """Read a checkpoint, or for RegDB one for each requested trial.
+
+    The names of RegDB's checkpoints differ only in _trial_<t>_, and resume may have {trial} there. Fills in
+    args.dataset and args.trial if they were not typed.
+    """
+    path = locate(args, resume)
+    model = None if "{trial}" in resume else read_model(path)
+    settings = model.settings if model else {"dataset": "regdb"}
+    args.dataset = args.dataset or settings.get("dataset", "sysu")
+    if args.dataset != "regdb":
+        if model is None:
+            title = DATASETS[args.dataset].title
+            raise UserError(f"--resume {path}: only RegDB has a model per trial, not {title}")
+    elif settings.get("dataset") == "regdb":
+        pattern = str(path.with_name(TRIAL_IN_NAME.sub("_trial_{trial}", path.name)))
+        if "{trial}" in pattern:
+            return models_of_trials(args, pattern, model)
+        args.trial = args.trial or settings.get("trial")
+    if args.dataset == "regdb" and args.trial is None and settings.get("dataset", "regdb") == "regdb":
+        raise UserError(
+            f"--resume {path} does not record its trial: set --trial N, or --trial all to test one model on "
+            "all trials of RegDB"
+        )
+    model.trials = chosen_trials(args)
+    return [model]
+
+
+def models_of_trials(args: argparse.Namespace, pattern: str, known: Model | None) -> list[Model]:
+    """Read a model for each requested trial; warn of missing ones, UserError if all are missing.
+
+    pattern: the path, with {trial} in it. known: a model that is loaded already.
+    """
+    models, missing = [], []
+    for trial in chosen_trials(args):
+        path = locate(args, pattern.replace("{trial}", str(trial)))
+        if path.is_file():
+            models.append(known if known and known.path == path else read_model(path))
+            models[-1].trials = [trial]
+        else:
+            missing.append(str(trial))
+    if not models:
+        raise UserError(f"--resume {pattern}: no checkpoint of trial {', '.join(missing)}")
+    if missing:
+        log.warning("no checkpoint of trial %s, left out of all means: %s", ", ".join(missing), pattern)
+    return models
+
+
+def chosen_trials(args: argparse.Namespace) -> list[int]:
+    """The trials of --trial: one, or all of the dataset."""
+    facts = DATASETS[args.dataset]
+    if args.trial in (None, "all"):
+        return list(facts.trials)
+    if args.trial not in map(str, facts.trials):
+        first, last = facts.trials[0], facts.trials[-1]
+        raise UserError(
+            f"--trial {args.trial}: {facts.title} has the trials {first} to {last}; choose one, or all"
+        )
+    return [int(args.trial)]
+
+
+def locate(args: argparse.Namespace, path: str) -> Path:
+    """The path if it exists, else the same name in --model-path if that exists."""
+    elsewhere = Path(args.model_path) / path
+    return elsewhere if not Path(path).exists() and elsewhere.exists() else Path(path)
+
+
+def read_model(path: Path) -> Model:
+    """Read a checkpoint, without the optimiser's state."""
+    checkpoint = load_checkpoint(path)
+    checkpoint.pop("optimizer", None)  # twice as large as the network, and RegDB has ten of them
+    return Model(path, checkpoint, saved_settings(checkpoint, path), [])
+
+
+def build_evaluation(
+    args: argparse.Namespace, models: Sequence[Model], more: Sequence[Samples] = ()
+) -> Evaluation:
+    """The evaluation of all protocols of args and all trials of models; more: further images to embed.
+
+    Raises UserError: see Evaluation; or a trial of RegDB tests a model on images that it was trained on.
+    """
+    root = data_manager.dataset_root(args.dataset, args.data_path)
+    protocols = [
+        Protocol(args.dataset, mode, shot, args.galleries, ignore_same_camera=args.ignore_same_camera)
+        for mode in dict.fromkeys(args.mode) for shot in dict.fromkeys(args.shot)
+    ]  # fmt: skip
+    trials = [trial for model in models for trial in model.trials]
+    evaluation = Evaluation(root, protocols, trials, args.img_h, args.img_w, args.allow_short, more)
+    for model in models if args.dataset == "regdb" else ():
+        refuse_trained_on(model, root)
+    return evaluation
+
+
+def refuse_trained_on(model: Model, root: Path) -> None:
+    """Raise UserError if a RegDB trial tests a model on images that it was trained on."""
+    if model.settings.get("dataset") != "regdb" or not model.settings.get("trial"):
+        return
+    own_trial, modes = int(model.settings["trial"]), DATASETS["regdb"].modes
+    trained = {
+        path
+        for samples in data_manager.train_samples("regdb", root, own_trial).values()
+        for path in samples.paths
+    }
+    for trial in model.trials:
+        queries = [data_manager.query_samples("regdb", root, mode, trial) for mode in modes]
+        if any(trained.intersection(samples.paths) for samples in queries):
+            raise UserError(
+                f"{model.path} was trained on trial {own_trial}, whose training images are among trial "
+                f"{trial}'s test images"
+            )
+
+
+def embed_models(
+    args: argparse.Namespace,
+    models: Sequence[Model],
+    evaluation: Evaluation,
+    device: torch.device,
+    flip: bool = False,
+) -> Iterator[tuple[Model, int | None, TwoStreamResNet, Features]]:
+    """Yield each model, its trial (None: all of them), its network, and the features of all images.
+
+    flip: the features are (2, N, D), see model.extract_features.
+    """
+    dtype, processes = autocast_dtype(args.amp, device), Processes()
+    for model in models:
+        trial = model.trials[0] if len(models) > 1 else None
+        pixel_range = model.settings.get("pixel_range")
+        if evaluation.pixel_range != pixel_range:
+            evaluation.pixel_range = pixel_range
+            evaluation.pixels.clear()
+        if len(models) > 1 and not evaluation.pixels:  # RegDB's trials share most images
+            evaluation.load(args.workers, processes)
+        network = build_model(model.checkpoint, model.path).to(device, memory_format=torch.channels_last)
+        yield (
+            model,
+            trial,
+            network,
+            evaluation.features(
+                network, device, dtype, args.test_batch, args.workers, processes, trial, flip
+            ),
+        )
