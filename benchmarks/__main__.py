@@ -124,10 +124,11 @@ def main(args: argparse.Namespace) -> None:
         for name in NAMES:
             if name in args.only:
                 print(f"{time.perf_counter() - start:5.0f} s  {name} ...", file=sys.stderr, flush=True)
-                rows += importlib.import_module(f"benchmarks.{name}").run(args.device, args.quick)
+                for row in importlib.import_module(f"benchmarks.{name}").run(args.device, args.quick):
+                    rows.append(row)
                 gc.collect()
                 torch.cuda.empty_cache()  # for the process of start_up
-    finally:  # print what was measured even if a benchmark fails
+    finally:  # print what was measured, row by row, even if a benchmark fails or is stopped
         heading = f"{machine(args.device)}; {time.perf_counter() - start:.0f} s in all"
         print(("### " if args.format == "markdown" else "") + heading + "\n")
         print(table(rows, args.format))

@@ -8,6 +8,7 @@ of memory_and_loss.py, and PyTorch's default Adam.
 
 import copy
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -80,7 +81,9 @@ def plain_loss(network, images, labels, proxies, centers) -> tuple[torch.Tensor,
 
 def check(training: Training) -> None:
     """In float32, train.py's step has the plain loop's loss and gradients, on a batch of the loader."""
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    cudnn.allow_tf32 = cudnn.benchmark = False  # benchmark: it takes long, for two steps
     images, labels = next(iter(training.loader.epoch(0)))
     torch.manual_seed(0)
     for module in training.model.modules():
@@ -92,7 +95,7 @@ def check(training: Training) -> None:
     exact = replace(training, dtype=None, scaler=torch.amp.GradScaler(enabled=False))
     losses = train_one_epoch(exact, [(images, labels)], 0)
     torch.testing.assert_close(losses[0, 0], expected.detach().cpu(), rtol=1e-3, atol=0)
-    torch.backends.cudnn.allow_tf32 = tf32
+    cudnn.allow_tf32, cudnn.benchmark = before
     gradients = [
         torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
         for network in (training.model, plain)
@@ -101,8 +104,8 @@ def check(training: Training) -> None:
     assert agreement > 0.99, f"the gradients of the step and of the plain loop disagree: cosine {agreement}"
 
 
-def run(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Return three rows: against the bare step, its wait for input, and against the plain loop.
+def run(device: str = "cpu", quick: bool = False) -> Iterator[dict]:
+    """Yield three rows: against the bare step, its wait for input, and against the plain loop.
 
     On a GPU two more: with float16, and compiled, both against the step without.
     """
@@ -112,6 +115,8 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
     words = [word for name, value in sizes.items() for word in (f"--{name}", value)]
     identities = 8 if quick else 395 if device == "cuda" else 40
     counts = {"visible": 8 * identities, "infrared": 4 * identities}
+    num_images = 3 * sizes["batch-size"] * sizes["num-pos"]
+    size = f"{num_images} images {sizes['img-h']}x{sizes['img-w']}, {sizes['arch']}"
     with tempfile.TemporaryDirectory() as folder:
         draw_sysu(Path(folder, "sysu"), identities, counts, sizes["img-h"], sizes["img-w"], noise=True)
         training = training_of(Path(folder, "sysu"), device, *words)
@@ -123,35 +128,20 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
 
         ours = our_steps(training, steps)
         on_gpu = _gpu_notes(training, ours, steps)  # before other networks use memory
-        bare, plain = bare_steps(training, steps), plain_steps(training, few)
-        num_images = 3 * sizes["batch-size"] * sizes["num-pos"]
-        size = f"{num_images} images {sizes['img-h']}x{sizes['img-w']}, {sizes['arch']}"
         precision = str(training.dtype or torch.float32).removeprefix("torch.")
-        bare_s, ours_s = (seconds / steps for seconds in compare(bare, ours, repeats))
-        speed = f"{num_images / ours_s:.1f} images/s"
-        waiting = training.loader.wait_seconds / (ours_s * steps)
-        share = f"{ours_s / bare_s:.2f} of the bare step"
-        plain()  # lets cuDNN choose its fastest convolutions
-        plain_s, again_s = compare(plain, ours, min(repeats, 3))
-        plain_s, again_s = plain_s / few, again_s / steps
-        others = {}
-        for name in ("--amp fp16", "--compile") if device == "cuda" and not quick else ():
-            other = training_of(Path(folder, "sysu"), device, *words, *name.split())
-            other.bank.reset(means)
-            others[name] = [s / steps for s in compare(ours, our_steps(other, steps), repeats)]
-        notes = [precision, share, speed, *on_gpu]
-        tf32 = ", TF32 convolutions" if device == "cuda" and torch.backends.cudnn.allow_tf32 else ""
-    return [
-        {
+        bare_s, ours_s = (seconds / steps for seconds in compare(bare_steps(training, steps), ours, repeats))
+        share, speed = f"{ours_s / bare_s:.2f} of the bare step", f"{num_images / ours_s:.1f} images/s"
+        yield {
             "work": f"training step against the bare one, {size}",
             "baseline_s": bare_s,
             "ours_s": ours_s,
             "ratio": bare_s / ours_s,
             "bound": "<= 1.10 of the bare step",
             "met": ours_s <= 1.10 * bare_s,
-            "note": ", ".join(notes),
-        },
-        {
+            "note": ", ".join([precision, share, speed, *on_gpu]),
+        }
+        waiting = training.loader.wait_seconds / (ours_s * steps)
+        yield {
             "work": f"waiting for input in that step, {size}",
             "baseline_s": None,
             "ours_s": training.loader.wait_seconds / steps,
@@ -159,17 +149,12 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
             "bound": "<= 1 % of the step",
             "met": waiting <= 0.01,
             "note": f"{100 * waiting:.1f} % of the step; pixels on the {training.loader.cache}",
-        },
-        {
-            "work": f"training step against a plain float32 loop, {size}",
-            "baseline_s": plain_s,
-            "ours_s": again_s,
-            "ratio": plain_s / again_s,
-            "bound": 3.0,
-            "note": f"{precision} against float32{tf32}",
-        },
-        *(
-            {
+        }
+        for name in ("--amp fp16", "--compile") if device == "cuda" and not quick else ():
+            other = training_of(Path(folder, "sysu"), device, *words, *name.split())
+            other.bank.reset(means)
+            without_s, with_s = (s / steps for s in compare(ours, our_steps(other, steps), repeats))
+            yield {
                 "work": f"training step with {name}, {size}",
                 "baseline_s": without_s,
                 "ours_s": with_s,
@@ -177,9 +162,18 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
                 "bound": None,
                 "note": f"the baseline: ours in {precision}, not compiled",
             }
-            for name, (without_s, with_s) in others.items()
-        ),
-    ]
+        plain = plain_steps(training, few)
+        plain()  # lets cuDNN choose its fastest convolutions
+        plain_s, ours_s = compare(plain, ours, min(repeats, 3))
+        tf32 = ", TF32 convolutions" if device == "cuda" and torch.backends.cudnn.allow_tf32 else ""
+        yield {
+            "work": f"training step against a plain float32 loop, {size}",
+            "baseline_s": plain_s / few,
+            "ours_s": ours_s / steps,
+            "ratio": plain_s / few / (ours_s / steps),
+            "bound": 3.0,
+            "note": f"{precision} against float32{tf32}",
+        }
 
 
 def our_steps(training: Training, steps: int):
