@@ -44,6 +44,8 @@ def start(folder, *args):
         return subprocess.Popen(
             command("train.py", *args), cwd=folder, env=os.environ | ENVIRONMENT, stdout=output,
             stderr=subprocess.STDOUT, start_new_session=True,
+            # A shell lets its background jobs ignore Ctrl-C, and what they start inherits that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
 
