@@ -77,6 +77,21 @@ def test_the_table_pairs_the_runs_of_one_seed():
     assert cells["two stems"][3] == f"37.0 ± {statistics.stdev([31, 43]):.1f}"
     assert cells["two stems"][-2:] == [f"+2.0 ± {statistics.stdev([1, 3]):.1f}", "-10.0 ± 0.0"]
     assert cells["without `align`"][1:3] == ["0", "not measured"]
+    assert len(ablation.table({ablation.FULL: full}, first=3).splitlines()) == 2 + 3
+
+
+@pytest.mark.parametrize(
+    ("words", "schedule"),
+    [
+        ([], ["1", "4", "6", "6", "none"]),
+        (["--epochs", "24", "--weights", "a.t"], ["4", "16", "24", "24", "a.t"]),
+    ],
+)
+def test_a_longer_schedule_has_the_same_shape(words, schedule):
+    flags = list(map(str, ablation.training_flags(ablation.get_args_parser().parse_args(words))))
+    args = parse_args(flags)
+    found = [args.warmup_epochs, *args.decay_epochs, args.epochs, args.weights]
+    assert list(map(str, found)) == schedule
 
 
 def test_a_page_without_the_marks_is_refused_and_kept(tmp_path):

@@ -19,9 +19,8 @@ from utils import Parser, UserError, at_least, device_flags, run_script, whole_f
 SIZE = ("--img-h", "48", "--img-w", "24")
 PEOPLE = ("--identities", "100", "--test-identities", "40", "--images", "2", "--img-h", "96", "--img-w", "40")
 TRAINING = (
-    "--arch", "resnet18", "--stem", "shared", "--weights", "none", "--batch-size", "8", "--num-pos", "2",
-    "--pad", "3", "--lr", "0.001", "--warmup-epochs", "1", "--decay-epochs", "4", "6", "--epochs", "6",
-    "--select", "last", "--mode", "all",
+    "--arch", "resnet18", "--stem", "shared", "--batch-size", "8", "--num-pos", "2",
+    "--pad", "3", "--lr", "0.001", "--select", "last", "--mode", "all",
 )  # fmt: skip
 QUICK_PEOPLE = ("--identities", "8", "--test-identities", "3", "--images", "1", *PEOPLE[6:])
 FULL = "full method"
@@ -60,6 +59,15 @@ def get_args_parser() -> Parser:
         "--output", default="ablation", metavar="DIR", help="folder of data, runs and results.json (ablation)"
     )
     add("--seeds", type=at_least(1), default=3, metavar="N", help="runs of each variant, seeds 0 to N-1 (3)")
+    add(
+        "--first",
+        type=at_least(1),
+        default=len(VARIANTS),
+        metavar="N",
+        help="only the first N variants (all)",
+    )
+    add("--epochs", type=at_least(6), default=6, metavar="N", help="length of each training (6)")
+    add("--weights", default="none", metavar="FILE", help="initial weights of every training (random)")
     add("--table", metavar="FILE.md", help="also put the table between the two marks in this file")
     add("--quick", action="store_true", help="8 identities and one epoch: whether it works, and no evidence")
     return parser
@@ -73,6 +81,13 @@ def draw_data(root: Path, seed: int, quick: bool, workers: int) -> None:
     run("pre_process_sysu.py", "--data-path", root, *SIZE, "--workers", workers, quiet=True)
 
 
+def training_flags(args: argparse.Namespace) -> list[object]:
+    """What every variant is trained with; the schedule has the shape of the default one."""
+    epochs = args.epochs
+    schedule = ["--warmup-epochs", epochs // 6, "--decay-epochs", 2 * epochs // 3, epochs, "--epochs", epochs]
+    return [*TRAINING, "--weights", args.weights, *schedule]
+
+
 def train_and_test(out: Path, variant: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
     """Per cent of each mode and metric, and the seconds that it took; leaves the log and no checkpoint."""
     start = time.perf_counter()
@@ -81,22 +96,14 @@ def train_and_test(out: Path, variant: str, seed: int, args: argparse.Namespace)
     machine = machine_flags(args)
     own = (*(("--epochs", 1) if args.quick else ()), *VARIANTS[variant].split())
     run(
-        "train.py", "--data-path", data, *SIZE, *TRAINING, *own, "--seed", seed, *machine, "--name", name,
-        "--model-path", last.parent, "--log-path", out / "log", "--resume", "auto", quiet=True,
+        "train.py", "--data-path", data, *SIZE, *training_flags(args), *own, "--seed", seed, *machine,
+        "--name", name, "--model-path", last.parent, "--log-path", out / "log", "--resume", "auto",
+        quiet=True,
     )  # fmt: skip
     run(
-        "test.py",
-        "--resume",
-        last,
-        "--data-path",
-        data,
-        "--mode",
-        *MODES,
-        *machine,
-        "--json",
-        report,
+        "test.py", "--resume", last, "--data-path", data, "--mode", *MODES, *machine, "--json", report,
         quiet=True,
-    )
+    )  # fmt: skip
     means = {row["mode"]: row["mean"] for row in json.loads(report.read_text())["results"]}
     found = {f"{m} rank-1": 100 * means[m]["cmc"][0] for m in MODES}
     found |= {f"{m} mAP": 100 * means[m]["mAP"] for m in MODES}
@@ -112,13 +119,13 @@ def spread(values: list[float], sign: str = "") -> str:
     return f"{statistics.mean(values):{sign}.1f}{deviation}"
 
 
-def table(runs: dict[str, dict[str, dict[str, float]]]) -> str:
-    """The results in Markdown: each variant's metrics, and its runs' differences from the full method's."""
+def table(runs: dict[str, dict[str, dict[str, float]]], first: int | None = None) -> str:
+    """The first variants' results in Markdown: metrics, and the runs' differences from the full method's."""
     columns = [f"{mode} {metric}" for mode in MODES for metric in METRICS]
     heads = ["variant", "runs", *columns, *(f"Δ {mode} mAP" for mode in MODES)]
     lines = [heads, ["---", *(["--:"] * (len(heads) - 1))]]
     full = runs.get(FULL, {})
-    for variant in VARIANTS:
+    for variant in list(VARIANTS)[:first]:
         own = runs.get(variant, {})
         cells = [spread([found[column] for found in own.values()]) for column in columns]
         for mode in MODES:
@@ -144,12 +151,15 @@ def main(args: argparse.Namespace) -> None:
     out = Path(args.output)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.json"
-    settings = {"quick": args.quick, "amp": args.amp, "training": list(TRAINING), "people": list(PEOPLE)}
+    training = list(map(str, training_flags(args)))
+    settings = {"quick": args.quick, "amp": args.amp, "training": training, "people": list(PEOPLE)}
     results = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": {}}
     if results["settings"] != settings:
         raise UserError(f"{path} has runs of other settings: choose another --output")
     runs, seeds = results["runs"], [str(seed) for seed in range(args.seeds)]
-    missing = [(v, seed) for v in VARIANTS for seed in seeds if seed not in runs.get(v, {})]
+    missing = [
+        (v, seed) for v in list(VARIANTS)[: args.first] for seed in seeds if seed not in runs.get(v, {})
+    ]
     for seed in dict.fromkeys(seed for _, seed in missing):
         draw_data(out / f"sysu_seed{seed}", seed, args.quick, args.workers)
     for k, (variant, seed) in enumerate(missing):
@@ -164,8 +174,8 @@ def main(args: argparse.Namespace) -> None:
             f"about {left:.0f} min left", flush=True,
         )  # fmt: skip
         if args.table:  # after every run: whenever it is stopped, the table is there
-            write_table(Path(args.table), table(runs))
-    print(table(runs))
+            write_table(Path(args.table), table(runs, args.first))
+    print(table(runs, args.first))
 
 
 if __name__ == "__main__":
