@@ -125,7 +125,8 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
             labels = processes.all_gather(labels)
             for weight in training.loss.parameters():  # a baseline's classifier, outside the network
                 weight.grad = processes.all_reduce(weight.grad) / processes.world_size
-        bank.update(features, labels)
+        if training.args.loss == "mce":  # the baselines have no memory
+            bank.update(features, labels)
         scaler.step(optimizer)
         scaler.update()
 

@@ -30,6 +30,7 @@ DEFECTS = """
 
 the bank is never updated
 - bank.update(features, labels)
++ pass
 
 the bank is updated before the loss
 - total, terms = training.loss(features, labels, outputs, pooled)
