@@ -129,6 +129,17 @@ def test_a_wrong_flag_is_told_before_anything_runs(folder, flags, words):
         reproduce.plan(args, extra)
 
 
+def test_preprocessing_writes_where_training_looks(folder):
+    flags = ["--array-path", "arrays", "--pixel-range", "10", "90"]
+    args, extra = reproduce.get_args_parser().parse_known_args(["--data-path", str(folder / "data"), *flags])
+    commands = reproduce.plan(args, extra)
+    assert commands["sysu_preprocess"][-5:] == ("--output", "arrays", "--pixel-range", 10, 90)
+    train = next(
+        words for name, words in commands.items() if name.startswith("sysu") and name.endswith("_train")
+    )
+    assert set(flags) < set(map(str, train))
+
+
 def test_a_folder_without_datasets_is_refused(tmp_path):
     args, _ = reproduce.get_args_parser().parse_known_args(["--data-path", str(tmp_path)])
     with pytest.raises(UserError, match="none of the folders sysu, regdb, llcm"):

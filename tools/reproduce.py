@@ -69,6 +69,8 @@ def plan(args: argparse.Namespace, extra: list[str]) -> dict[str, tuple[object, 
         commands[f"{dataset}_check"] = ("-m tools.check", "--dataset", dataset, "--data-path", root)
         if dataset == "sysu":
             size = ("--img-h", settings.img_h, "--img-w", settings.img_w)
+            size += ("--output", settings.array_path) if settings.array_path else ()
+            size += ("--pixel-range", *settings.pixel_range) if settings.pixel_range else ()
             commands["sysu_preprocess"] = ("pre_process_sysu.py", "--data-path", root, *size)
         trials, suffix = (("--trial", "all"), "_trial_{trial}") if dataset == "regdb" else ((), "")
         for stem, seed in itertools.product(args.stem, range(args.seeds)):
