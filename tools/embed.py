@@ -163,7 +163,7 @@ def main(args: argparse.Namespace) -> int:
     found = find_images(args.images, "--images", args.modality)
     embedder, saved = open_embedder(args.resume, args.img_h, args.img_w)
     processes = Processes()
-    device = select_device(None if processes.world_size > 1 and args.gpu != -1 else args.gpu)  # each its own
+    device = select_device(args.gpu)  # with torchrun each process has its own GPU, or all share that of --gpu
     dtype = autocast_dtype(args.amp or saved.get("amp", "auto"), device)
     manifest = Manifest(
         fingerprint=embedder.fingerprint,
@@ -177,7 +177,7 @@ def main(args: argparse.Namespace) -> int:
     )
     folder = Path(args.output)
     first = processes.rank == 0
-    processes.start(device)
+    processes.start(torch.device("cpu"))  # all that they exchange is a count
     with opened(folder, manifest) if first else contextlib.nullcontext():
         dropped = tidy(folder, found) if first else 0
         processes.barrier()
@@ -198,7 +198,7 @@ def main(args: argparse.Namespace) -> int:
         except torch.OutOfMemoryError as error:
             raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
         processes.barrier()  # with more patience than a GPU's collectives have
-        failed = int(processes.all_reduce(torch.tensor(failed, device=device)))
+        failed = int(processes.all_reduce(torch.tensor(failed)))
         if first:
             write_manifest(folder, dataclasses.replace(manifest, complete=True))
             kept = len(found.paths) - len(todo)
