@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.__main__ import machine
+from benchmarks.__main__ import duration, machine
 from benchmarks.timing import compare, wait_for
 from benchmarks.training_step import FULL, SMALL
 from benchmarks.workload import draw_sysu, training_of
@@ -111,8 +111,8 @@ def main(device: str = "cpu") -> None:
     share = num_images / full
     print(
         f"so {num_images} images take at least "
-        f"{share * operations / rates['bfloat16'] / threads:.2f} s for products and "
-        f"{(share * total + 28 * parameters) / rates['copy'] / threads:.2f} s for bytes"
+        f"{duration(share * operations / rates['bfloat16'] / threads)} for products and "
+        f"{duration((share * total + 28 * parameters) / rates['copy'] / threads)} for bytes"
     )
     with tempfile.TemporaryDirectory() as folder:
         counts = dict.fromkeys(("visible", "infrared"), 160)
@@ -124,7 +124,7 @@ def main(device: str = "cpu") -> None:
         def step():
             train_one_epoch(training, islice(training.loader.epoch(0), 1), 0)
 
-        print(f"a step of train_one_epoch: {compare(step, step, 3)[1]:.2f} s")
+        print(f"a step of train_one_epoch: {duration(compare(step, step, 3)[1])}")
         with torch.profiler.profile() as profile:
             step()
     by = f"self_{'cuda' if device == 'cuda' else 'cpu'}_time_total"
