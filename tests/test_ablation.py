@@ -80,17 +80,17 @@ def test_the_table_pairs_the_runs_of_one_seed():
     assert len(ablation.table({ablation.FULL: full}, first=3).splitlines()) == 2 + 3
 
 
+LONGER = ["--epochs", "24", "--lr", "0.5", "--weights", "a.t"]
+
+
 @pytest.mark.parametrize(
     ("words", "schedule"),
-    [
-        ([], ["1", "4", "6", "6", "none"]),
-        (["--epochs", "24", "--weights", "a.t"], ["4", "16", "24", "24", "a.t"]),
-    ],
+    [([], ["0.001", "1", "4", "6", "6", "none"]), (LONGER, ["0.5", "4", "16", "24", "24", "a.t"])],
 )
 def test_a_longer_schedule_has_the_same_shape(words, schedule):
     flags = list(map(str, ablation.training_flags(ablation.get_args_parser().parse_args(words))))
     args = parse_args(flags)
-    found = [args.warmup_epochs, *args.decay_epochs, args.epochs, args.weights]
+    found = [args.lr, args.warmup_epochs, *args.decay_epochs, args.epochs, args.weights]
     assert list(map(str, found)) == schedule
 
 

@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 
 from tools.commands import machine_flags, run
-from utils import Parser, UserError, at_least, device_flags, run_script, whole_file
+from utils import Parser, UserError, at_least, device_flags, positive, run_script, whole_file
 
 SIZE = ("--img-h", "48", "--img-w", "24")
 PEOPLE = ("--identities", "100", "--test-identities", "40", "--images", "2", "--img-h", "96", "--img-w", "40")
 TRAINING = (
     "--arch", "resnet18", "--stem", "shared", "--batch-size", "8", "--num-pos", "2",
-    "--pad", "3", "--lr", "0.001", "--select", "last", "--mode", "all",
+    "--pad", "3", "--select", "last", "--mode", "all",
 )  # fmt: skip
 QUICK_PEOPLE = ("--identities", "8", "--test-identities", "3", "--images", "1", *PEOPLE[6:])
 FULL = "full method"
@@ -67,6 +67,7 @@ def get_args_parser() -> Parser:
         help="only the first N variants (all)",
     )
     add("--epochs", type=at_least(6), default=6, metavar="N", help="length of each training (6)")
+    add("--lr", type=positive, default=0.001, metavar="RATE", help="base rate of every training (0.001)")
     add("--weights", default="none", metavar="FILE", help="initial weights of every training (random)")
     add("--table", metavar="FILE.md", help="also put the table between the two marks in this file")
     add("--quick", action="store_true", help="8 identities and one epoch: whether it works, and no evidence")
@@ -85,7 +86,7 @@ def training_flags(args: argparse.Namespace) -> list[object]:
     """What every variant is trained with; the schedule has the shape of the default one."""
     epochs = args.epochs
     schedule = ["--warmup-epochs", epochs // 6, "--decay-epochs", 2 * epochs // 3, epochs, "--epochs", epochs]
-    return [*TRAINING, "--weights", args.weights, *schedule]
+    return [*TRAINING, "--lr", args.lr, "--weights", args.weights, *schedule]
 
 
 def train_and_test(out: Path, variant: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
