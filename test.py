@@ -79,9 +79,10 @@ def main(command: Sequence[str]) -> None:
     """Evaluate, print the table and write the requested files."""
     log_to_terminal(stream=sys.stderr)
     Processes().refuse_several()
-    args, models = parse_and_find(get_args_parser(), command)
-    root = data_manager.dataset_root(args.dataset, args.data_path)
+    parser = get_args_parser()
+    args, models = parse_and_find(parser, command, parser.parse_args(command).resume)
     refuse_wrong_outputs(args, models)
+    root = data_manager.dataset_root(args.dataset, args.data_path)
     every_image = data_manager.read_split("sysu", root, "test").values() if args.save_mat else ()
     evaluation = build_evaluation(args, models, every_image)
 

@@ -174,9 +174,10 @@ def selection(each: Evaluated) -> str:
 def result_rows(findings: Findings) -> list[dict]:
     """The metrics table: per cent as test.py prints them, their deviation, and what they stand on."""
     rows = []
+    counts_of_all = [counts_of(each.evaluation) for each in findings.everyone]
     for protocol in findings.protocols:
-        for each in findings.everyone:
-            counts = [own for (p, _), own in counts_of(each.evaluation).items() if p == protocol]
+        for each, found in zip(findings.everyone, counts_of_all, strict=True):
+            counts = [own for (p, _), own in found.items() if p == protocol]
             for rerank in findings.reranks:
                 metrics = each.results[protocol, rerank]
                 mean, deviation = summarize(metrics)

@@ -67,23 +67,24 @@ def evaluation_flags() -> Parser:
 
 
 def parse_and_find(
-    parser: Parser, command: Sequence[str], resume: str | None = None
+    parser: Parser, command: Sequence[str], resume: str, dataset: str | None = None
 ) -> tuple[argparse.Namespace, list[Model]]:
     """The settings to evaluate a checkpoint with: the dataset's, replaced by its own, replaced by typed ones.
 
     Args:
         parser: with evaluation_flags.
         command: the words of the command line.
-        resume: the checkpoint; None: that of --resume.
+        resume: the checkpoint.
+        dataset: on which those before it were evaluated; None for the first.
 
     Returns:
         The settings, and the checkpoints, each read from disk once: one, or one for each trial of RegDB.
 
     Raises:
-        UserError: a wrong flag, or a checkpoint that is missing, broken or does not fit.
+        UserError: a wrong flag, or a checkpoint that is missing, broken, does not fit, or of another dataset.
     """
     typed = parser.parse_args(command)
-    models = find_models(typed, resume or typed.resume)
+    models = find_models(typed, resume, dataset)
     saved = {key: value for key, value in models[0].settings.items() if value is not None}
     facts = DATASETS[typed.dataset]  # filled in by find_models
     modes = ["all"] if typed.dataset == "sysu" else list(facts.modes)
@@ -126,8 +127,8 @@ def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, objec
     return settings
 
 
-def find_models(args: argparse.Namespace, resume: str) -> list[Model]:
-    """Read a checkpoint, or for RegDB one for each requested trial.
+def find_models(args: argparse.Namespace, resume: str, dataset: str | None = None) -> list[Model]:
+    """Read a checkpoint, or for RegDB one for each requested trial; see parse_and_find.
 
     The names of RegDB's checkpoints differ only in _trial_<t>_, and resume may have {trial} there. Fills in
     args.dataset and args.trial if they were not typed.
@@ -136,6 +137,11 @@ def find_models(args: argparse.Namespace, resume: str) -> list[Model]:
     model = None if "{trial}" in resume else read_model(path)
     settings = model.settings if model else {"dataset": "regdb"}
     args.dataset = args.dataset or settings.get("dataset", "sysu")
+    if dataset not in (None, args.dataset):
+        titles = DATASETS[args.dataset].title, DATASETS[dataset].title
+        raise UserError(
+            f"--resume {path}: trained on {titles[0]}, the first on {titles[1]}: which --dataset?"
+        )
     if args.dataset != "regdb":
         if model is None:
             title = DATASETS[args.dataset].title
@@ -220,10 +226,16 @@ def build_evaluation(
 
 
 def refuse_trained_on(model: Model, root: Path) -> None:
-    """Raise UserError if a RegDB trial tests a model on images that it was trained on."""
-    if model.settings.get("dataset") != "regdb" or not model.settings.get("trial"):
+    """Raise UserError if a RegDB trial tests a model on images that it was trained on.
+
+    The released code's checkpoints record no trial: their names do.
+    """
+    own_trial = model.settings.get("trial") if model.settings.get("dataset") == "regdb" else None
+    if not model.settings and (in_name := TRIAL_IN_NAME.search(model.path.name)):
+        own_trial = in_name[0].removeprefix("_trial_")
+    if not own_trial:
         return
-    own_trial, modes = int(model.settings["trial"]), DATASETS["regdb"].modes
+    own_trial, modes = int(own_trial), DATASETS["regdb"].modes
     trained = {
         path
         for samples in data_manager.train_samples("regdb", root, own_trial).values()
@@ -234,7 +246,7 @@ def refuse_trained_on(model: Model, root: Path) -> None:
         if any(trained.intersection(samples.paths) for samples in queries):
             raise UserError(
                 f"{model.path} was trained on trial {own_trial}, whose training images are among trial "
-                f"{trial}'s test images"
+                f"{trial}'s test images: choose --trial {own_trial}"
             )
 
 

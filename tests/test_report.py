@@ -217,6 +217,7 @@ def test_bad_input_is_told(report_here, runs, sysu, tmp_path):
         (r"--output .*file: .*is a file", *good, "--output", tmp_path / "file"),
         (r"--output .*file/x: .*is a file", *good, "--output", tmp_path / "file" / "x"),
         (r"no file at .*nowhere\.t", "--resume", "nowhere.t", "--output", "o"),
+        (r"no file at \.", "--resume", "", "--output", "o"),  # a variable that is not set
         (r"--queries: no query of pid 99999", *good, "--output", "o", "--queries", "99999"),
         (r"--queries: middling is neither", *good, "--output", "o", "--queries", "middling"),
         (r"--trial 11: SYSU-MM01 has the trials 0 to 9", *good, "--output", "o", "--trial", "11"),

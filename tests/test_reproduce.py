@@ -79,11 +79,13 @@ def test_it_makes_the_table_and_only_what_is_missing(folder, reproduced):
 
 def test_a_dry_run_prints_the_commands_and_an_estimate_and_writes_nothing(folder, reproduced, tmp_path):
     shutil.copytree(folder / "data" / "llcm", tmp_path / "data" / "llcm")
+    shutil.copytree(folder / "data" / "sysu", tmp_path / "data" / "sysu")
     before = sorted(tmp_path.rglob("*"))
-    lines = reproduced(tmp_path, "--dry-run", "--seeds", "2", "--stem", "shared", "two-stream")
+    elsewhere = ("--array-path", "arrays", "--pixel-range", "10", "90")  # the estimate needs neither
+    lines = reproduced(tmp_path, "--dry-run", "--seeds", "2", "--stem", "shared", "two-stream", *elsewhere)
     printed = [line for line in lines if line.startswith("python ")]
-    assert len(printed) == 1 + 2 * 4
-    assert sum("--stem two-stream --seed 1" in line for line in printed) == 1
+    assert len(printed) == 1 + 2 * 4 + 2 + 3 * 4  # of LLCM and of SYSU-MM01, which has published galleries
+    assert sum("--stem two-stream --seed 1" in line for line in printed) == 2
     [line] = [line for line in lines if line.startswith("llcm: ")]
     assert re.match(
         r"llcm: 4 trainings, 1 epochs of \d+ steps of [\d.]+ s: .*memory of this process: at most", line

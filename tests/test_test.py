@@ -397,6 +397,14 @@ def test_a_model_of_regdb_without_siblings_is_tested_on_its_own_trial(tiny, regd
             evaluate(*flags, "--trial", trial)
 
 
+def test_a_released_model_s_name_tells_what_it_was_trained_on(tiny, regdb, evaluate, tmp_path):
+    path = write_tiny(tmp_path / "released_trial_4_best.t")
+    flags = "--resume", path, "--data-path", regdb, "--dataset", "regdb", "--img-h", 32, "--img-w", 16
+    assert evaluate(*flags, "--trial", 4).out.splitlines()[0] == "RegDB, per cent, trial 4 alone"
+    with pytest.raises(UserError, match=r"was trained on trial 4, .*trial 5's test images: choose --trial 4"):
+        evaluate(*flags, "--trial", 5)
+
+
 def test_the_same_split_again_is_not_refused(tiny, regdb, evaluate, tmp_path):
     root = tmp_path / "regdb"
     shutil.copytree(regdb, root)

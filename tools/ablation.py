@@ -68,7 +68,10 @@ def get_args_parser() -> Parser:
     )
     add("--epochs", type=at_least(6), default=6, metavar="N", help="length of each training (6)")
     add("--lr", type=positive, default=0.001, metavar="RATE", help="base rate of every training (0.001)")
-    add("--weights", default="none", metavar="FILE", help="initial weights of every training (random)")
+    add(
+        "--weights", default="none", metavar="imagenet|none|FILE",
+        help="initial weights of every training, as train.py has them (none: random)",
+    )  # fmt: skip
     add("--table", metavar="FILE.md", help="also put the table between the two marks in this file")
     add("--quick", action="store_true", help="8 identities and one epoch: whether it works, and no evidence")
     return parser
@@ -83,7 +86,7 @@ def draw_data(root: Path, seed: int, quick: bool, workers: int) -> None:
 
 
 def training_flags(args: argparse.Namespace) -> list[object]:
-    """What every variant is trained with; the schedule has the shape of the default one."""
+    """What every variant is trained with; a longer schedule is the one of six epochs, stretched."""
     epochs = args.epochs
     schedule = ["--warmup-epochs", epochs // 6, "--decay-epochs", 2 * epochs // 3, epochs, "--epochs", epochs]
     return [*TRAINING, "--lr", args.lr, "--weights", args.weights, *schedule]
@@ -126,7 +129,7 @@ def table(runs: dict[str, dict[str, dict[str, float]]], first: int | None = None
     heads = ["variant", "runs", *columns, *(f"Δ {mode} mAP" for mode in MODES)]
     lines = [heads, ["---", *(["--:"] * (len(heads) - 1))]]
     full = runs.get(FULL, {})
-    for variant in list(VARIANTS)[:first]:
+    for variant in [v for k, v in enumerate(VARIANTS) if first is None or k < first or v in runs]:
         own = runs.get(variant, {})
         cells = [spread([found[column] for found in own.values()]) for column in columns]
         for mode in MODES:

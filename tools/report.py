@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from data_manager import DATASETS
 from devices import Processes, select_device
 from results.evaluated import Evaluated, labels
 from results.learning import log_file, read_log
@@ -56,12 +55,7 @@ def evaluate_checkpoint(
 
     expected: the dataset that those before it were evaluated on; None for the first.
     """
-    args, models = parse_and_find(get_args_parser(), command, path)
-    if expected not in (None, args.dataset):
-        titles = DATASETS[args.dataset].title, DATASETS[expected].title
-        raise UserError(
-            f"--resume {path}: trained on {titles[0]}, the first on {titles[1]}: which --dataset?"
-        )
+    args, models = parse_and_find(get_args_parser(), command, path, expected)
     evaluation = build_evaluation(args, models)
     results, kept = {}, None
     for model, trial, network, features in embed_models(args, models, evaluation, device):

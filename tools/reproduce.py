@@ -115,7 +115,9 @@ def do(name: str, command: tuple[object, ...], args: argparse.Namespace, done: d
 
 def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: argparse.Namespace) -> None:
     """Print what the missing trainings will take, from a few steps on synthetic images of the same size."""
-    hours, size = 0.0, 0.0
+    hours, size, eight_bits = 0.0, 0.0, list(extra)  # as synthetic images have
+    for k in [k for k, word in enumerate(extra) if word.replace("_", "-") == "--pixel-range"]:
+        del eight_bits[k : k + 3]
     for dataset in PUBLIC:
         runs = [name for name in missing if name.startswith(f"{dataset}_") and name.endswith("_train")]
         if not runs:
@@ -132,8 +134,16 @@ def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: arg
             if dataset == "sysu":
                 shape = ("--img-h", settings.img_h, "--img-w", settings.img_w)
                 run("pre_process_sysu.py", "--data-path", root, *shape, quiet=True)
-            words = (*extra, "--dataset", dataset, "--stem", args.stem[0], *machine_flags(args), "--check")
-            paths = ("--data-path", root, "--model-path", folder, "--log-path", folder)
+            words = (
+                *eight_bits,
+                "--dataset",
+                dataset,
+                "--stem",
+                args.stem[0],
+                *machine_flags(args),
+                "--check",
+            )
+            paths = ("--data-path", root, "--array-path", root, "--model-path", folder, "--log-path", folder)
             _, text = run("train.py", *words, *paths, quiet=True)
         step = float(re.search(r"one step: loss .*?, ([\d.]+) s", text)[1])
         memory = re.findall(r"^(.*memory.*: at most .*)$", text, re.MULTILINE)
