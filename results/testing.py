@@ -271,11 +271,8 @@ def embed_models(
         if len(models) > 1 and not evaluation.pixels:  # RegDB's trials share most images
             evaluation.load(args.workers, processes)
         network = build_model(model.checkpoint, model.path).to(device, memory_format=torch.channels_last)
-        yield (
-            model,
-            trial,
-            network,
-            evaluation.features(
-                network, device, dtype, args.test_batch, args.workers, processes, trial, flip
-            ),
+        features = evaluation.features(
+            network, device, dtype, args.test_batch, args.workers, processes, trial, flip
         )
+        yield model, trial, network, features
+    evaluation.pixels.clear()  # a report keeps the evaluation, and all of RegDB is a gigabyte

@@ -78,6 +78,7 @@ def test_the_table_pairs_the_runs_of_one_seed():
     assert cells["two stems"][-2:] == [f"+2.0 ± {statistics.stdev([1, 3]):.1f}", "-10.0 ± 0.0"]
     assert cells["without `align`"][1:3] == ["0", "not measured"]
     assert len(ablation.table({ablation.FULL: full}, first=3).splitlines()) == 2 + 3
+    assert len(ablation.table({ablation.FULL: full, "two stems": other}, first=1).splitlines()) == 2 + 2
 
 
 LONGER = ["--epochs", "24", "--lr", "0.5", "--weights", "a.t"]

@@ -191,6 +191,11 @@ def test_regdb_has_a_model_for_each_trial(report_here, sysu, runs, tmp_path, mon
     rows = rows_of((tmp_path / "out" / "index.html").read_text())
     assert [row[1] for row in rows] == ["visible to infrared", "infrared to visible"]
     assert [row[-1] for row in rows] == ["2", "2"]  # trials
+    path = str(tmp_path / "run_trial_1_best.t")
+    command = ["--resume", path, *map(str, words), *MACHINE]
+    each = report.evaluate_checkpoint(command, path, "a", torch.device("cpu"), None)
+    assert each.trial == 1
+    assert each.evaluation.pixels == {}  # all of RegDB's would stay in memory
     with pytest.raises(UserError, match="no checkpoint of trial 2"):
         report_here("--resume", tmp_path / "run_trial_{trial}_best.t", "--trial", "2", *words)
     with pytest.raises(UserError, match=r"run_trial_1_best\.t: trained on RegDB, the first on SYSU-MM01"):
