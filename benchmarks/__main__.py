@@ -4,7 +4,8 @@
     python -m benchmarks --device cuda --format markdown
     python -m benchmarks --quick --only training_step extraction
 
-Seconds are medians. A baseline and ours run alternately in one process; both are checked to give the same.
+Seconds are medians, where a loop takes long of one run. A baseline and ours run alternately in one process;
+both are checked to give the same.
 """
 
 import argparse

@@ -134,15 +134,8 @@ def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: arg
             if dataset == "sysu":
                 shape = ("--img-h", settings.img_h, "--img-w", settings.img_w)
                 run("pre_process_sysu.py", "--data-path", root, *shape, quiet=True)
-            words = (
-                *eight_bits,
-                "--dataset",
-                dataset,
-                "--stem",
-                args.stem[0],
-                *machine_flags(args),
-                "--check",
-            )
+            machine = (*machine_flags(args), "--check")
+            words = (*eight_bits, "--dataset", dataset, "--stem", args.stem[0], *machine)
             paths = ("--data-path", root, "--array-path", root, "--model-path", folder, "--log-path", folder)
             _, text = run("train.py", *words, *paths, quiet=True)
         step = float(re.search(r"one step: loss .*?, ([\d.]+) s", text)[1])
