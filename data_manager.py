@@ -1,6 +1,6 @@
 """The datasets: layouts, splits, queries, galleries and trials. Paths and ids only, no pixels.
 
-docs/method.md, section 8, defines layouts and protocols; storage/own_data.py reads own images.
+docs/method.md, section 8, defines layouts and protocols; readers/own_data.py reads own images.
 """
 
 import functools
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from storage import own_data
-from storage.lists import (
+from readers import own_data
+from readers.lists import (
     Cells,
     image_paths,
     index_labels,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from data_manager import DATASETS
 from eval_metrics import summarize
-from evaluation import Evaluation, Protocol
+from evaluation.protocols import Evaluation, Protocol
 from tools.commands import machine_flags, run
 from utils import Parser, device_flags, run_script, seed_number
 

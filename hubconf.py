@@ -44,8 +44,8 @@ def mce(checkpoint: str | os.PathLike) -> torch.nn.Module:
     """The Embedder of a checkpoint: image files or PIL images of a modality to unit features (N, D).
 
     checkpoint: a file of this project's or of the released code's. On the CPU and in evaluation mode;
-    `.to("cuda")` moves it. results/embeddings.py documents its call. UserError: no such file, no checkpoint.
+    `.to("cuda")` moves it. retrieval/embeddings.py documents its call. UserError: not a checkpoint.
     """
     with _own_modules():
-        from results.embeddings import open_embedder
+        from retrieval.embeddings import open_embedder
     return open_embedder(checkpoint)[0]

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_manager import DATASETS, class_labels, dataset_root, train_samples
-from storage.arrays import array_files, write_training_arrays
+from readers.arrays import array_files, write_training_arrays
 from utils import Parser, at_least, data_flags, log_to_terminal, run_script
 
 

@@ -16,10 +16,10 @@ import torch
 
 import data_manager
 from devices import Processes, select_device
-from evaluation import Evaluation, Features
-from results.exports import save_features, save_json, save_mat
-from results.tables import STYLES, Results, heading, results_table, table_rows
-from results.testing import Model, build_evaluation, embed_models, evaluation_flags, parse_and_find
+from evaluation.exports import save_features, save_json, save_mat
+from evaluation.models import Model, build_evaluation, embed_models, evaluation_flags, parse_and_find
+from evaluation.protocols import Evaluation, Features
+from evaluation.tables import STYLES, Results, heading, results_table, table_rows
 from utils import Parser, UserError, log, log_to_terminal, refuse_unwritable, run_script
 
 

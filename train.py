@@ -25,13 +25,13 @@ from tqdm import tqdm
 from augmentation import normalize
 from data_manager import DATASETS
 from devices import Processes, select_device
+from engine.events import Board
+from engine.files import Run, environment
+from engine.settings import get_args_parser, open_run
+from engine.training import SELECTION, Training, build_training
 from eval_metrics import Metrics, summarize
-from evaluation import Features
+from evaluation.protocols import Features
 from model import extract_features
-from results.events import Board
-from runs import Run, environment
-from runs.settings import get_args_parser, open_run
-from training import SELECTION, Training, build_training
 from utils import UserError, log, log_to_terminal, run_script
 
 Batches = Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]

@@ -5,10 +5,12 @@ import contextlib
 import logging
 import math
 import os
+import platform
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TextIO
 
@@ -50,6 +52,14 @@ def log_to_terminal(quiet: bool = False, stream: TextIO | None = None) -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on; imports none of them."""
+    found = {"Python": platform.python_version()}
+    for name in ("torch", "torchvision", "numpy", "Pillow"):  # an imported torch also says its build: +cu130
+        found[name] = str(getattr(sys.modules.get(name), "__version__", metadata.version(name)))
+    return found
 
 
 def refuse_unwritable(folder: str | os.PathLike) -> None:

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import torch
 
-from runs import versions
-from utils import Parser, UserError, run_script
+from utils import Parser, UserError, run_script, versions
 
 NAMES = (
     "evaluation",

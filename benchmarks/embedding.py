@@ -20,8 +20,8 @@ from benchmarks.preprocessing import draw_jpegs
 from benchmarks.timing import compare, wait_for
 from devices import autocast_dtype
 from model import TwoStreamResNet, extract_features
-from results.embeddings import Embedder, Found, embed_files
-from results.shards import Shard, shards_of
+from retrieval.embeddings import Embedder, Found, embed_files
+from retrieval.shards import Shard, shards_of
 from tools.embed import embed_into
 
 WORKERS = min(8, os.cpu_count() or 1)

@@ -17,10 +17,10 @@ from benchmarks.preprocessing import draw_jpegs
 from benchmarks.timing import compare, wait_for
 from benchmarks.workload import draw_sysu, training_of
 from data_loader import evaluation_batches
+from engine.training import Training
 from images import read_image
 from model import extract_features
 from train import rebuild_memory
-from training import Training
 from utils import MODALITIES
 
 

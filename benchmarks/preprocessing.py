@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.timing import compare, peak_memory
-from storage.arrays import write_array
+from readers.arrays import write_array
 
 HEIGHT, WIDTH = 384, 128
 WORKERS = 2

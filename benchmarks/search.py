@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from benchmarks.timing import compare, run_alone
-from results.search import build_index, nearest, nearest_by_index, tune
-from results.shards import Embeddings, Manifest, write_manifest, write_shard
+from retrieval.search import build_index, nearest, nearest_by_index, tune
+from retrieval.shards import Embeddings, Manifest, write_manifest, write_shard
 from tools.embed import SHARD_ROWS
 
 DIM, TOP, QUERIES, IDENTITIES = 2048, 10, 64, 1000

@@ -23,9 +23,9 @@ from benchmarks.plain_input import baseline_step as baseline_input
 from benchmarks.plain_input import check as check_input
 from benchmarks.timing import compare, wait_for
 from benchmarks.workload import draw_sysu, training_of
+from engine.training import Training
 from model import GeM, NonLocal
 from train import train_one_epoch
-from training import Training
 from utils import MODALITIES
 
 FULL = {"arch": "resnet50", "img-h": 384, "img-w": 128, "batch-size": 8, "num-pos": 4}

@@ -9,9 +9,9 @@ from PIL import Image
 
 import data_manager
 from devices import Processes
-from runs.settings import parse_args
-from storage.arrays import array_files, fingerprint
-from training import Training, build_training
+from engine.settings import parse_args
+from engine.training import Training, build_training
+from readers.arrays import array_files, fingerprint
 
 CAMERAS = {"visible": (1, 2, 4, 5), "infrared": (3, 6)}
 TEST_IDS = 4

@@ -15,7 +15,7 @@ import train
 from checkpoints import save_checkpoint
 from data_manager import class_labels, train_samples
 from model import TwoStreamResNet
-from storage.arrays import write_training_arrays
+from readers.arrays import write_training_arrays
 from utils import run_script as run_main
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, and long where cores are shared

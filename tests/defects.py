@@ -111,7 +111,7 @@ every epoch is the best
 - args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
 + args.select != "last" and epoch > 0
 
-== training.py, test_train.py
+== engine/training.py, test_train.py
 
 no weight decay
 - [*model.parameters(), *loss.parameters()], args.lr, weight_decay=5e-4, fused=True
@@ -121,13 +121,13 @@ weight decay that bypasses Adam's moments
 - optimizer=torch.optim.Adam(
 + optimizer=torch.optim.AdamW(
 
-== runs/settings.py, test_train.py
+== engine/settings.py, test_train.py
 
 a table learns too slowly
 - add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy (0.25)")
 + add("--momentum", type=fraction, default=0.75, help="weight of a modality's old proxy (0.25)")
 
-== training.py, test_train.py
+== engine/training.py, test_train.py
 
 --proxies is ignored
 - return bank, MCE(bank, weights, args.proxies, args.margin)
@@ -176,7 +176,7 @@ a process's memory is of its own images
 - means[modality] = processes.all_reduce(sums) / processes.all_reduce(counts)
 + means[modality] = sums / counts.clamp(min=1)
 
-== training.py, test_processes.py
+== engine/training.py, test_processes.py
 
 gradients are each process's own
 - if processes.world_size > 1:
@@ -198,7 +198,7 @@ the memory's sums are on the host
 - counts = sums.new_zeros(len(sums), 1)
 + counts = torch.zeros(len(sums), 1)
 
-== training.py, test_fake_cuda.py
+== engine/training.py, test_fake_cuda.py
 
 the bank is on the host
 - num_classes, dim, args.temperature, args.shared_momentum, args.momentum, args.update == "hard", device
@@ -238,7 +238,7 @@ the classifier's gradients are summed over processes
 - weight.grad = processes.all_reduce(weight.grad) / processes.world_size
 + weight.grad = processes.all_reduce(weight.grad)
 
-== training.py, test_variants.py
+== engine/training.py, test_variants.py
 
 the classifier is not trained
 - [*model.parameters(), *loss.parameters()], args.lr, weight_decay=5e-4, fused=True
@@ -260,7 +260,7 @@ m weights the new value
 - moved = F.normalize(towards.lerp_(proxies, self.momentum))
 + moved = F.normalize(towards.lerp_(proxies, 1 - self.momentum))
 
-== training.py, test_trajectory.py
+== engine/training.py, test_trajectory.py
 
 a weaker weight decay
 - [*model.parameters(), *loss.parameters()], args.lr, weight_decay=5e-4, fused=True

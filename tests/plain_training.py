@@ -14,9 +14,9 @@ from conftest import tiny_flags
 from augmentation import normalize
 from data_loader import generator
 from devices import Processes
-from runs.settings import open_run
+from engine.settings import open_run
+from engine.training import Training, build_training
 from train import train_one_epoch
-from training import Training, build_training
 from utils import MODALITIES
 
 TABLES = ("shared", *MODALITIES)

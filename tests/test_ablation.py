@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from runs.settings import parse_args
+from engine.settings import parse_args
 from tools import ablation
 from tools.commands import machine_flags
 from utils import UserError

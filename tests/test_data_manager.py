@@ -17,8 +17,8 @@ from data_manager import (
     query_samples,
     train_samples,
 )
-from evaluation import Evaluation, Protocol
-from storage.lists import IMAGE_SUFFIXES
+from evaluation.protocols import Evaluation, Protocol
+from readers.lists import IMAGE_SUFFIXES
 from utils import UserError
 
 TRAIN, VAL, TEST = (3, 12), (7,), (2, 40)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from images import read_image
-from results.embeddings import embed_files, find_images, open_embedder, readable_batches
-from results.shards import Embeddings, read_manifest, shards_of
+from retrieval.embeddings import embed_files, find_images, open_embedder, readable_batches
+from retrieval.shards import Embeddings, read_manifest, shards_of
 from tools import embed
 from utils import UserError
 
@@ -121,7 +121,7 @@ def test_nothing_but_unreadable_files(run, tmp_path):
 KILLED = """
 import os, signal, sys
 from tools import embed
-from results import shards
+from retrieval import shards
 embed.SHARD_ROWS = 6
 write, written = shards.Shard.replace, []
 def write_or_die(shard, records):

@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from conftest import draw_images, tiny_flags
 
-import evaluation
 from augmentation import normalize
 from data_manager import DATASETS
 from devices import Processes
 from eval_metrics import eval_sysu
-from evaluation import Evaluation, Protocol, reranking_of
+from evaluation import protocols as evaluation
+from evaluation.protocols import Evaluation, Protocol, reranking_of
+from evaluation.tables import Counts, counts_of, warnings
 from images import read_image
 from reranking import affinity_inference
-from results.tables import Counts, counts_of, warnings
 from utils import UserError
 
 ALL, INDOOR = Protocol("sysu", "all"), Protocol("sysu", "indoor")

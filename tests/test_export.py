@@ -12,7 +12,7 @@ import torch
 from conftest import REPOSITORY, draw_images, random_checkpoint, run_script
 from PIL import Image
 
-from results.embeddings import open_embedder
+from retrieval.embeddings import open_embedder
 from tools import export
 from utils import UserError
 

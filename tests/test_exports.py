@@ -4,7 +4,7 @@ import scipy.io
 import torch
 
 from data_manager import Samples
-from results.exports import mat_file, save_features, save_mat
+from evaluation.exports import mat_file, save_features, save_mat
 from utils import UserError
 
 ROWS = {"visible": {"b": 0, "a": 1, "c": 2}, "infrared": {"d": 0}}

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import training as training_module
+from engine import training as training_module
 from loss import Baseline
 from memory import MemoryBank
 from model import TwoStreamResNet

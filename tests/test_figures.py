@@ -11,21 +11,22 @@ import torch
 from PIL import Image
 
 from augmentation import normalize
+from engine.events import Board, augmentation_grid
 from eval_metrics import eval_llcm, eval_regdb, eval_sysu
-from evaluation import Evaluation, Protocol
-from model import TwoStreamResNet
-from results import figures, rankings, sprites
-from results.events import Board, augmentation_grid
-from results.learning import log_file, read_log
-from results.rankings import camera_pairs, choose_queries, ignored_pairs, rank_queries
-from results.similarity import (
+from evaluation import rankings
+from evaluation.protocols import Evaluation, Protocol
+from evaluation.rankings import camera_pairs, choose_queries, ignored_pairs, rank_queries
+from evaluation.similarity import (
     Similarities,
     equal_error_rate,
     images_of,
     overlap,
     sample_similarities,
 )
-from results.views import activation_maps, embed
+from model import TwoStreamResNet
+from reporting import figures, sprites
+from reporting.learning import log_file, read_log
+from reporting.views import activation_maps, embed
 from utils import UserError, log
 
 

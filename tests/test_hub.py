@@ -10,7 +10,7 @@ import torch
 from conftest import REPOSITORY, draw_images, random_checkpoint
 
 from model import TwoStreamResNet
-from results.embeddings import open_embedder
+from retrieval.embeddings import open_embedder
 
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 EXAMPLES = [
@@ -55,7 +55,7 @@ embedder = torch.hub.load({repository!r}, "mce", checkpoint={checkpoint!r}, sour
 import model, utils as again
 assert again is utils and utils.MINE and model.MINE
 assert embedder([{image!r}], "infrared").shape == (1, 512)
-assert not {{"results", "results.embeddings", "checkpoints"}} & set(sys.modules)
+assert not {{"results", "retrieval.embeddings", "checkpoints"}} & set(sys.modules)
 assert {repository!r} not in sys.path
 """
 

@@ -16,8 +16,8 @@ from PIL import Image
 
 import images
 from images import UnreadableImages, decode, find_pixel_range, read_image
-from storage import arrays as storage_arrays
-from storage.arrays import (
+from readers import arrays as storage_arrays
+from readers.arrays import (
     array_files,
     open_training_arrays,
     training_arrays,

@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+ROOMS = ("readers", "evaluation", "engine", "retrieval", "reporting", "synthetic", "tools")
 LIBRARY = (  # each may import those before it
-    "utils", "devices", "checkpoints", "images", "augmentation", "storage", "storage.lists",
-    "storage.own_data", "storage.arrays", "data_manager", "data_loader", "memory", "loss", "model",
-    "reranking", "eval_metrics", "evaluation", "runs", "runs.settings", "training", "synthetic.people",
-    "synthetic", "results", "tools.commands",
+    "utils", "devices", "checkpoints", "images", "augmentation", "readers", "readers.lists",
+    "readers.own_data", "readers.arrays", "data_manager", "data_loader", "memory", "loss", "model",
+    "reranking", "eval_metrics", "evaluation", "engine", "retrieval", "reporting", "synthetic.people",
+    "synthetic", "tools.commands",
 )  # fmt: skip
 COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}
-WITHOUT_TORCH = ("utils", "images", "storage.lists", "storage.own_data", "data_manager", "synthetic")
+WITHOUT_TORCH = ("utils", "images", "readers.lists", "readers.own_data", "data_manager", "synthetic")
 
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for pattern in ("*.py", "storage/*.py", "runs/*.py", "synthetic/*.py", "results/*.py", "tools/*.py")
+    for pattern in ("*.py", *(f"{room}/*.py" for room in ROOMS))
     for path in ROOT.glob(pattern)
 }
 
@@ -61,16 +62,16 @@ def test_an_import_is_found_wherever_it_hides(tmp_path):
     path = tmp_path / "example.py"
     path.write_text(
         "import os, loss\nfrom model import TwoStreamResNet as Net\n"
-        "def f():\n    import train\n    from results import tables\n"
+        "def f():\n    import train\n    from evaluation import tables\n"
     )
-    assert sorted(imports(path)) == ["loss", "model", "os", "results.tables", "train"]
+    assert sorted(imports(path)) == ["evaluation.tables", "loss", "model", "os", "train"]
 
 
 @pytest.mark.parametrize("file", WITHOUT_TORCH)
 def test_what_needs_no_torch_does_not_wait_for_it(file):
     """The files that read or draw a dataset start at once; PIL is for those that have to do with pixels."""
     banned = {"torch", "torchvision"} | (
-        {"PIL"} if file in ("utils", "storage.lists", "storage.own_data", "data_manager") else set()
+        {"PIL"} if file in ("utils", "readers.lists", "readers.own_data", "data_manager") else set()
     )
     code = f"import sys, {file}; print(*sorted({banned} & set(sys.modules)))"
     loaded = subprocess.run(

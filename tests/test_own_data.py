@@ -14,8 +14,8 @@ from test_data_manager import keys, refused, write
 import synthetic
 from checkpoints import load_checkpoint
 from data_manager import DATASETS, dataset_root, gallery_samples, query_samples, read_split, train_samples
-from evaluation import Evaluation, Protocol
-from storage.own_data import draw_split, numbers
+from evaluation.protocols import Evaluation, Protocol
+from readers.own_data import draw_split, numbers
 from tools.check import check
 
 V2I, I2V = DATASETS["folder"].modes

@@ -10,7 +10,7 @@ from PIL import Image
 from data_manager import class_labels, train_samples
 from images import read_image
 from pre_process_sysu import get_args_parser, main
-from storage.arrays import open_training_arrays
+from readers.arrays import open_training_arrays
 from utils import run_script
 
 SCRIPT = Path(__file__).parents[1] / "pre_process_sysu.py"

@@ -14,7 +14,7 @@ import torch
 from plain_training import PlainTraining, assert_step, plain_tables, recorded, start_training, state, tables
 
 from data_loader import IdentityBatches, TrainLoader
-from runs import Run
+from engine.files import Run
 from train import fit, rebuild_memory
 
 FLAGS = ["--epochs", "1", "--num-pos", "4", "--select", "last"]  # two steps of 2 x 4 x 4 x 3 images

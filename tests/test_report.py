@@ -19,12 +19,12 @@ import synthetic
 from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import Samples
 from eval_metrics import Metrics
-from evaluation import Protocol
-from results import report as results_report
-from results import sprites
-from results.evaluated import Evaluated
-from results.evaluated import labels as labels_of
-from results.report import FIGURES, Findings
+from evaluation.protocols import Protocol
+from reporting import report as results_report
+from reporting import sprites
+from reporting.evaluated import Evaluated
+from reporting.evaluated import labels as labels_of
+from reporting.report import FIGURES, Findings
 from tools import report
 from utils import UserError, log
 

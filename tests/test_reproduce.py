@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 
 import synthetic
-from results.paper import tables
+from reporting.paper import tables
 from tools import reproduce
 from utils import UserError
 

@@ -25,9 +25,9 @@ import loss
 import synthetic
 import train
 from checkpoints import load_checkpoint
-from runs import Run
-from runs.settings import open_run
-from storage import arrays
+from engine.files import Run
+from engine.settings import open_run
+from readers import arrays
 
 EPOCHS = 4
 

@@ -1,4 +1,4 @@
-"""runs/: names that tell runs apart, one writer at a time, logs and checkpoints that fit together."""
+"""engine/: names that tell runs apart, one writer at a time, logs and checkpoints that fit together."""
 
 import logging
 import re
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from checkpoints import load_checkpoint, save_checkpoint
-from runs import MAY_CHANGE, Run, environment, run_name, versions
-from runs.settings import STATE, dataset_defaults, get_args_parser, open_run, parse_args, settings_to_resume
-from utils import UserError, log, log_to_terminal
+from engine.files import MAY_CHANGE, Run, environment, run_name
+from engine.settings import STATE, dataset_defaults, get_args_parser, open_run, parse_args, settings_to_resume
+from utils import UserError, log, log_to_terminal, versions
 
 NET = {"w": torch.zeros(3)}
 # A value of each flag that is not its default.

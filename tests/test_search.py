@@ -14,10 +14,10 @@ from conftest import ENVIRONMENT, REPOSITORY, draw_images, random_checkpoint, ru
 from PIL import Image
 
 from checkpoints import fingerprint, load_checkpoint
-from results import search as library
-from results.embeddings import open_embedder
-from results.search import nearest, nearest_by_index, open_index
-from results.shards import Embeddings, Manifest, Shard, shards_of, write_manifest, write_shard
+from retrieval import search as library
+from retrieval.embeddings import open_embedder
+from retrieval.search import nearest, nearest_by_index, open_index
+from retrieval.shards import Embeddings, Manifest, Shard, shards_of, write_manifest, write_shard
 from tools import embed, search
 from utils import UserError, log_to_terminal
 

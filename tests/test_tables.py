@@ -1,7 +1,7 @@
 import numpy as np
 
 from eval_metrics import Metrics
-from results.tables import results_table
+from evaluation.tables import results_table
 
 ROWS = [
     ("all, single-shot", Metrics(np.linspace(0.125, 1, 20), 0.72009, 0.5)),

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, run_script
 import images
 import synthetic
 from checkpoints import load_checkpoint, save_checkpoint
-from results import testing
+from evaluation import models as testing
 from tests.oracles import evaluate_loop
 from utils import UserError
 

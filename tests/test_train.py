@@ -26,10 +26,10 @@ import synthetic
 import train
 from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import train_samples
+from engine.events import Board
+from engine.files import Run
+from engine.settings import STATE, open_run, parse_args
 from eval_metrics import Metrics
-from results.events import Board
-from runs import Run
-from runs.settings import STATE, open_run, parse_args
 from train import evaluate_if_due, fit, learning_rate, rebuild_memory, train_one_epoch
 
 TERMS = ("shared", "visible", "infrared", "aux", "align", "center")

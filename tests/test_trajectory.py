@@ -12,8 +12,8 @@ from conftest import tiny_flags
 
 import train
 from devices import Processes
-from runs.settings import parse_args
-from training import build_training
+from engine.settings import parse_args
+from engine.training import build_training
 from utils import MODALITIES
 
 STEPS = 4  # of each epoch

@@ -10,10 +10,10 @@ from conftest import tiny_flags
 
 import train
 from devices import Processes
+from engine.settings import parse_args
+from engine.training import build_training
 from loss import LOSSES, WEIGHTS
 from model import from_checkpoint
-from runs.settings import parse_args
-from training import build_training
 
 VARIANTS = {  # flags: where the setting arrives
     "--temperature 0.2": lambda bank, _: bank.aux.temperature == 0.2,

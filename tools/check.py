@@ -17,8 +17,8 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from data_manager import CAPTURED, DATASETS, Samples, dataset_root, read_split, refuse_shared, unknown_cameras
-from storage.lists import IMAGE_SUFFIXES, listed, number
-from storage.own_data import draw_split
+from readers.lists import IMAGE_SUFFIXES, listed, number
+from readers.own_data import draw_split
 from utils import Parser, UserError, at_least, log_to_terminal, run_script, seed_number
 
 Splits = dict[str, dict[str, Samples]]  # split -> modality -> images; RegDB's are "train 1", "test 1", …

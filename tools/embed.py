@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 4 -m tools.embed --resume RUN_best.t --images TABLE.csv …
 
 Interrupted or run again, it embeds what is new or has changed, by size and time, and drops what is no longer
-asked for. Files that cannot be read are listed and left out, and the exit status is then 1. results/shards.py
-says what the folder holds.
+asked for. Files that cannot be read are listed and left out, and the exit status is then 1.
+retrieval/shards.py says what the folder holds.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from devices import Processes, autocast_dtype, select_device
-from results.embeddings import Found, embed_files, find_images, open_embedder
-from results.shards import COLUMNS, NAME, Manifest, read_manifest, shards_of, write_manifest, write_shard
+from retrieval.embeddings import Found, embed_files, find_images, open_embedder
+from retrieval.shards import COLUMNS, NAME, Manifest, read_manifest, shards_of, write_manifest, write_shard
 from utils import Parser, UserError, at_least, device_flags, log, log_to_terminal, run_script
 
 SHARD_ROWS = 16384  # of 2,048 dimensions: 67 MB, which a process holds until they are written

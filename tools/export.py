@@ -21,7 +21,7 @@ from torch import nn
 
 from augmentation import MEAN, STD
 from model import TwoStreamResNet
-from results.embeddings import Embedder, find_images, open_embedder
+from retrieval.embeddings import Embedder, find_images, open_embedder
 from utils import Parser, UserError, at_least, log, log_to_terminal, run_script, whole_file
 
 SMALLEST_COSINE = 0.99999  # between ONNX Runtime's and torch's feature of an image, both in float32

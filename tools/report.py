@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from devices import Processes, select_device
-from results.evaluated import Evaluated, labels
-from results.learning import log_file, read_log
-from results.report import FIGURES, MISSING, Findings, write_figures, write_page
-from results.testing import build_evaluation, embed_models, evaluation_flags, parse_and_find
-from runs import environment
+from engine.files import environment
+from evaluation.models import build_evaluation, embed_models, evaluation_flags, parse_and_find
+from reporting.evaluated import Evaluated, labels
+from reporting.learning import log_file, read_log
+from reporting.report import FIGURES, MISSING, Findings, write_figures, write_page
 from utils import Parser, UserError, log, log_to_terminal, run_script
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from data_loader import IdentityBatches
 from data_manager import DATASETS, class_labels, train_samples
+from engine.settings import parse_args
 from model import STEMS
-from results.paper import markdown, tables
-from runs.settings import parse_args
+from reporting.paper import markdown, tables
 from tools.commands import machine_flags, run, words_of
 from utils import Parser, UserError, at_least, device_flags, log_to_terminal, run_script, whole_file
 

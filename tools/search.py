@@ -20,9 +20,9 @@ from PIL import Image
 
 from devices import autocast_dtype, select_device
 from images import PixelRange, UnreadableImages, read_image
-from results.embeddings import embed_files, find_images, open_embedder
-from results.search import nearest, nearest_by_index, open_index
-from results.shards import Embeddings
+from retrieval.embeddings import embed_files, find_images, open_embedder
+from retrieval.search import nearest, nearest_by_index, open_index
+from retrieval.shards import Embeddings
 from utils import Parser, UserError, at_least, device_flags, log, log_to_terminal, run_script, whole_file
 
 PAGE = """<!doctype html>

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_manager import BOTH_WAYS, DATASETS
 from eval_metrics import Metrics, matched, summarize
-from evaluation import Evaluation, Protocol
+from evaluation.protocols import Evaluation, Protocol
 
 Results = dict[tuple[Protocol, bool, str | None], list[Metrics]]  # (protocol, flip, re-ranking) -> of trials
 

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 
 from data_manager import DATASETS
 from eval_metrics import summarize
-from evaluation import Protocol
+from evaluation.protocols import Protocol
+from evaluation.rankings import RULES, choose_queries
+from evaluation.similarity import Similarities, equal_error_rate, overlap
+from evaluation.tables import COLUMNS, counts_of, per_cent, warnings
 from images import decode
-from results import figures, sprites
-from results.evaluated import Evaluated
-from results.rankings import RULES, choose_queries
-from results.similarity import Similarities, equal_error_rate, overlap
-from results.tables import COLUMNS, counts_of, per_cent, warnings
+from reporting import figures, sprites
+from reporting.evaluated import Evaluated
 from utils import UserError, log, whole_file
 
 FIGURES = {  # in the page's order: what each shows, as a screen reader says it

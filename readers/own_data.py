@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from storage.lists import image_paths, listed, number, path_problem, read_text
+from readers.lists import image_paths, listed, number, path_problem, read_text
 from utils import UserError, log, whole_file
 
 CSV_FILE = "images.csv"

@@ -21,10 +21,10 @@ from augmentation import normalize, pinned
 from checkpoints import fingerprint, load_checkpoint
 from data_loader import read_ahead
 from data_manager import DATASETS
+from evaluation.models import saved_settings
 from images import DECODE_PIECE, PixelRange, UnreadableImages, read_image, to_pixels
 from model import TwoStreamResNet, build_model, extract_features
-from results.testing import saved_settings
-from storage.lists import IMAGE_SUFFIXES
+from readers.lists import IMAGE_SUFFIXES
 from utils import UserError
 
 BATCH = 64  # images that an Embedder embeds at a time

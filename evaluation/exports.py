@@ -14,10 +14,9 @@ import numpy as np
 import scipy.io
 
 from eval_metrics import Metrics, summarize
-from evaluation import Evaluation
-from results.tables import counts_of, warnings
-from runs import versions
-from utils import whole_file
+from evaluation.protocols import Evaluation
+from evaluation.tables import counts_of, warnings
+from utils import versions, whole_file
 
 
 def save_features(

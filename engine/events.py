@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from augmentation import MEAN, STD
-from evaluation import Evaluation, Features
-from results.similarity import equal_error_rate, images_of, overlap, sample_similarities
+from evaluation.protocols import Evaluation, Features
+from evaluation.similarity import equal_error_rate, images_of, overlap, sample_similarities
 from utils import log
 
 ROWS = ("visible", "aux", "infrared")  # from top to bottom

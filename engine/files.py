@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -16,14 +15,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import PIL
-import torch
-import torchvision
 from filelock import FileLock, Timeout
 
 from checkpoints import load_checkpoint, save_checkpoint
-from utils import UserError, log, refuse_unwritable
+from utils import UserError, log, refuse_unwritable, versions
 
 # Settings that may change when a run is resumed; all others are fixed by its checkpoint.
 MAY_CHANGE = {
@@ -158,12 +153,6 @@ class Run:
             best = {key: value for key, value in checkpoint.items() if key not in training}
             save_checkpoint(best | {"selection": selection}, self.best)
         save_checkpoint(checkpoint, self.last)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    packages = {"torch": torch, "torchvision": torchvision, "numpy": np, "Pillow": PIL}
-    return {"Python": platform.python_version()} | {k: str(p.__version__) for k, p in packages.items()}
 
 
 def environment() -> list[str]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from augmentation import PAD
 from checkpoints import load_checkpoint
 from data_manager import DATASETS
-from evaluation import mode_name
+from engine.files import MAY_CHANGE, Run, run_name
+from evaluation.protocols import mode_name
 from loss import BASELINE_WEIGHTS, LOSSES, MARGIN, PROXIES, WEIGHTS
 from model import ARCHS, STEMS
-from runs import MAY_CHANGE, Run, run_name
 from utils import Parser, UserError, at_least, data_flags, device_flags, positive, seed_number
 
 STATE = {

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from results.shards import Embeddings
+from retrieval.shards import Embeddings
 from utils import UserError, log, whole_file
 
 BLOCK = 4096  # rows: 2,048 dimensions of them in float32 are 34 MB

@@ -10,14 +10,14 @@ import torch
 from augmentation import normalize
 from data_manager import Samples
 from eval_metrics import Metrics
-from evaluation import Evaluation, Features, Protocol, reranking_of
+from evaluation.protocols import Evaluation, Features, Protocol, reranking_of
+from evaluation.rankings import Ranked, camera_pairs, rank_queries
+from evaluation.similarity import Similarities, images_of, sample_similarities
 from images import read_image
 from model import TwoStreamResNet
-from results.figures import overlay
-from results.learning import Log
-from results.rankings import Ranked, camera_pairs, rank_queries
-from results.similarity import Similarities, images_of, sample_similarities
-from results.views import activation_maps, embed
+from reporting.figures import overlay
+from reporting.learning import Log
+from reporting.views import activation_maps, embed
 from utils import UserError
 
 Picture = tuple[np.ndarray, str, str]  # an image, its kind and its caption, as figures.images has them

@@ -1,4 +1,4 @@
-// The browser of rankings. The data is the JSON beside this script (results/report.py, browser()); a list of
+// The browser of rankings. The data is the JSON beside this script (reporting/report.py, browser()); a list of
 // rankings is filtered whole at each change, which takes a few milliseconds, and one page of it is drawn, so
 // that only the sheets of thumbnails on that page are ever decoded.
 "use strict";

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from results.similarity import BINS, Similarities, equal_error_rate, overlap
+from evaluation.similarity import BINS, Similarities, equal_error_rate, overlap
 from utils import whole_file
 
 INK, PAPER = "#1c2127", "#fefefe"  # in a page: the text's colour and the page's

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from data_manager import CAPTURED, Samples
-from evaluation import Evaluation
+from evaluation.protocols import Evaluation
 
 PAIRS = {  # name -> the modalities of a pair's two images
     "visible-visible": ("visible", "visible"),

@@ -13,14 +13,14 @@ import data_manager
 from data_loader import IdentityBatches, TrainLoader
 from data_manager import DATASETS
 from devices import Processes, autocast_dtype, seed_globally, select_device
+from engine.settings import loss_weights
 from eval_metrics import Metrics
-from evaluation import Evaluation, Protocol
+from evaluation.protocols import Evaluation, Protocol
 from loss import MCE, Baseline
 from memory import MemoryBank
 from model import TwoStreamResNet, load_strictly
-from runs.settings import loss_weights
-from storage.arrays import open_training_arrays, training_arrays
-from storage.own_data import draw_split
+from readers.arrays import open_training_arrays, training_arrays
+from readers.own_data import draw_split
 from utils import (
     MODALITIES,
     UserError,

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation import Protocol
+from evaluation.protocols import Protocol
 
 PAPER = {  # (dataset, mode, shot): rank-1, mAP in per cent; docs/method.md, section 8
     ("sysu", "all", 1): (74.77, 72.01),

@@ -13,7 +13,7 @@ import data_manager
 from checkpoints import load_checkpoint
 from data_manager import DATASETS, Samples
 from devices import Processes, autocast_dtype
-from evaluation import Evaluation, Features, Protocol, mode_name
+from evaluation.protocols import Evaluation, Features, Protocol, mode_name
 from model import TwoStreamResNet, build_model
 from reranking import RERANKING
 from utils import Parser, UserError, data_flags, device_flags, log

@@ -1,0 +1,1 @@
+"""A run: its settings, what it trains with, its files, its TensorBoard events."""

@@ -1,1 +1,0 @@
-"""What is made of an evaluation: tables, exports, figures."""

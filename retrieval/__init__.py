@@ -1,0 +1,1 @@
+"""Images to features, features in shards on disk, and the search through them."""
