@@ -25,6 +25,7 @@ from evaluation.models import saved_settings
 from images import DECODE_PIECE, PixelRange, UnreadableImages, read_image, to_pixels
 from model import TwoStreamResNet, build_model, extract_features
 from readers.lists import IMAGE_SUFFIXES
+from retrieval.shards import COLUMNS, known_columns
 from utils import UserError
 
 BATCH = 64  # images that an Embedder embeds at a time
@@ -157,17 +158,21 @@ def _read_table(stream: TextIO, source: Path, flag: str, modality: str | None) -
     header = [word.strip().lower() for word in next(lines, [])]
     if "path" not in header or len(set(header)) < len(header):
         raise UserError(f"{flag} {source}: its first line names no column `path`, or a column twice")
+    shard = tuple(header[: len(COLUMNS)]) == COLUMNS  # what tools.embed wrote: it knows what its source knew
+    columns = known_columns(dict.fromkeys(header)) if shard else dict.fromkeys(header)
+    columns.pop("path", None)
     known = {}
     for line in filter(None, lines):
         if len(line) != len(header):
             raise UserError(
                 f"{flag} {source}, line {lines.line_num}: {len(line)} values, {len(header)} columns"
             )
-        values = {key: sys.intern(word.strip()) for key, word in zip(header, line, strict=True)}
-        path = _absolute(source, values.pop("path"))
+        record = {key: sys.intern(word.strip()) for key, word in zip(header, line, strict=True)}
+        path = _absolute(source, record["path"])
+        values = known_columns(record) if shard else record
         if modality is None or values.get("modality", modality) == modality:
-            known[path] = tuple(values.values())
-    return Found(list(known), tuple(key for key in header if key != "path"), list(known.values()))
+            known[path] = tuple(values[key] for key in columns)
+    return Found(list(known), tuple(columns), list(known.values()))
 
 
 def readable_batches(

@@ -2,7 +2,8 @@
 
     manifest.json         the checkpoint's fingerprint, dimension, modality, image size, precision
     000-000000.npy        (n, D) float16, unit norm, for numpy.load(…, mmap_mode="r")
-    000-000000.csv        row, path, size, mtime_ns and what else is known of an image; UTF-8
+    000-000000.csv        row, path, size, mtime_ns and what else is known of an image; UTF-8. A user's
+                          column of one of these names has an underscore before it
 
 A row of the .npy that no line of the .csv names is one whose image has changed or vanished. A shard is there
 when its .csv is: it is written after the .npy, and each of them whole.
@@ -24,6 +25,20 @@ from utils import UserError, whole_file
 MANIFEST = "manifest.json"
 NAME = "[0-9][0-9][0-9]*-[0-9][0-9][0-9][0-9][0-9][0-9]"  # PROCESS-NUMBER, a pattern of a shard's name
 COLUMNS = ("row", "path", "size", "mtime_ns")  # of every shard's table, before what else is known
+
+
+def stored_column(name: str) -> str:
+    """The name in a shard's table of a column that a user calls so: never one of COLUMNS."""
+    return f"_{name}" if name.lstrip("_") in COLUMNS else name
+
+
+def known_columns(record: dict[str, str]) -> dict[str, str]:
+    """What a user's table knew of an image, of a shard's {column: text}, under the user's names."""
+    return {
+        key.removeprefix("_") if key.lstrip("_") in COLUMNS else key: text
+        for key, text in record.items()
+        if key not in COLUMNS
+    }
 
 
 @dataclass(frozen=True)
@@ -88,8 +103,11 @@ class Shard:
                 raise UserError(f"{self.table}: not a table of embeddings") from error
 
     def rows(self) -> np.ndarray:
-        """(n,) int64: those of the array that the table names, in its order."""
-        return np.fromiter((int(record["row"]) for record in self.records()), np.int64)
+        """(n,) int64: those of the array that the table names, in its order; UserError if not ascending."""
+        rows = np.fromiter((int(record["row"]) for record in self.records()), np.int64)
+        if (np.diff(rows) <= 0).any():  # tools.embed once let a column `row` of the user's replace its own
+            raise UserError(f"{self.table}: its column row is not the array's rows: embed into a new folder")
+        return rows
 
     def features(self, dim: int) -> np.ndarray:
         """(N, dim) float16, memory-mapped; UserError, naming the file, if it holds something else."""
@@ -189,7 +207,7 @@ class Embeddings:
             places = dict(zip((positions[where] - self.starts[k]).tolist(), where.tolist(), strict=True))
             for line, record in enumerate(self.shards[k].records()):
                 if line in places:
-                    known = {key: text for key, text in record.items() if text and key not in COLUMNS}
+                    known = {key: text for key, text in known_columns(record).items() if text}
                     found[places[line]] = {"path": record["path"], "known": known}
         return found
 

@@ -15,7 +15,7 @@ from PIL import Image
 from checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from images import read_image
 from retrieval.embeddings import embed_files, find_images, open_embedder, readable_batches
-from retrieval.shards import Embeddings, read_manifest, shards_of
+from retrieval.shards import Embeddings, Manifest, read_manifest, shards_of, write_manifest, write_shard
 from tools import embed
 from utils import UserError
 
@@ -180,6 +180,33 @@ def test_what_a_table_knows_is_kept_and_kept_up_to_date(run, checkpoint, tmp_pat
     assert run(table) == 0
     assert contents(tmp_path / "out")[paths[2]][1]["pid"] == "Børge"
     assert [shard.array.stat().st_mtime_ns for shard in shards_of(tmp_path / "out")] == before
+
+
+def test_a_tables_columns_may_have_the_names_of_a_shards_own(run, checkpoint, tmp_path):
+    """Rows are the array's, what the user knew comes back, and a shard's table can be embedded again."""
+    paths = draw_images(tmp_path / "in", 4)
+    own = {"row": "B 7", "size": "large", "mtime_ns": "noon", "_row": "left", "pid": "9"}
+    lines = [f"{path},{','.join(own.values())}" for path in reversed(paths)]
+    table = tmp_path / "t.csv"
+    table.write_text("\n".join([f"path,{','.join(own)}", *lines]), encoding="utf-8")
+    for time in range(3):
+        assert run(table) == 0
+        same(contents(tmp_path / "out"), embedded_anew(checkpoint, paths))
+        records = Embeddings(tmp_path / "out").records(np.arange(4))
+        assert {record["path"]: record["known"] for record in records} == dict.fromkeys(paths, own)
+        assert find_images(tmp_path / "out/000-000000.csv", "--images").columns == tuple(own)
+        table = (tmp_path / "out").rename(tmp_path / f"out {time}") / "000-000000.csv"
+
+
+def test_rows_that_an_older_version_mixed_up_are_refused(tmp_path):
+    write_manifest(tmp_path, Manifest("00", 4, "visible", 32, 16, "float32", "in"))
+    records = [{"path": f"/{k}.png", "size": 1, "mtime_ns": 1} for k in range(3)]
+    write_shard(tmp_path, "000-000000", np.zeros((3, 4), np.float16), records)
+    table = tmp_path / "000-000000.csv"
+    assert len(Embeddings(tmp_path)) == 3
+    table.write_text(table.read_text().replace("\n0,", "\n2,").replace("\n1,", "\n0,"))
+    with pytest.raises(UserError, match=f"{table}: its column row is not the array's rows"):
+        Embeddings(tmp_path)
 
 
 def test_file_names_may_be_anything(run, tmp_path):

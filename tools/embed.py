@@ -23,7 +23,16 @@ from tqdm import tqdm
 
 from devices import Processes, autocast_dtype, select_device
 from retrieval.embeddings import Found, embed_files, find_images, open_embedder
-from retrieval.shards import COLUMNS, NAME, Manifest, read_manifest, shards_of, write_manifest, write_shard
+from retrieval.shards import (
+    COLUMNS,
+    NAME,
+    Manifest,
+    read_manifest,
+    shards_of,
+    stored_column,
+    write_manifest,
+    write_shard,
+)
 from utils import Parser, UserError, at_least, device_flags, log, log_to_terminal, run_script
 
 SHARD_ROWS = 16384  # of 2,048 dimensions: 67 MB, which a process holds until they are written
@@ -119,8 +128,8 @@ def tidy(folder: Path, found: Found) -> int:
 
 
 def known_of(found: Found, k: int) -> dict[str, str]:
-    """{column: text} of the k-th image."""
-    return dict(zip(found.columns, found.values[k], strict=True)) if found.columns else {}
+    """{column of a shard's table: text} of the k-th image."""
+    return dict(zip(map(stored_column, found.columns), found.values[k], strict=True)) if found.columns else {}
 
 
 def next_number(folder: Path, rank: int) -> int:
