@@ -20,7 +20,7 @@ from loss import MCE, Baseline
 from memory import MemoryBank
 from model import TwoStreamResNet, load_strictly
 from readers.arrays import open_training_arrays, training_arrays
-from readers.own_data import draw_split
+from readers.own import draw_split
 from utils import (
     MODALITIES,
     UserError,

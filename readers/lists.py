@@ -1,12 +1,13 @@
-"""The files of a dataset: find images, read lists of ids and images; lists of values in messages."""
+"""The files of a dataset: find images in folders, read lists of ids and images; values in messages."""
 
+import functools
 import os
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PureWindowsPath
-
-import numpy as np
-import scipy.io
+from typing import NamedTuple
 
 from utils import UserError, log
 
@@ -14,7 +15,25 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".tga",
     ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k",
 )  # fmt: skip
-Cells = dict[tuple[int, int], list[str]]  # (pid, camid) -> image paths in file-name order; none is empty
+CLUTTER = {
+    "thumbs.db",
+    "desktop.ini",
+    "ehthumbs.db",
+    "icon\r",
+}  # files of operating systems, beside hidden ones
+# Folders of file servers and operating systems, beside hidden ones: Synology, QNAP, Windows, macOS, Linux.
+WASTE = {
+    "@eadir", "#recycle", "#snapshot", "@tmp", "@recycle", "@recently-snapshot", "$recycle.bin",
+    "system volume information", "__macosx", "lost+found", "thumbs", "thumbnails",
+}  # fmt: skip
+JUNK = "-1"  # Market-1501's pid of boxes that are nobody, which its evaluation ignores
+JUNK_KIND = "of pid -1, junk"
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, unless this process has done so."""
+    log.warning(message)
 
 
 def refuse(message: str, problems: list[str] | None) -> None:
@@ -36,27 +55,112 @@ def number(text: str) -> int | None:
     return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
-def image_paths(folder: str | os.PathLike, problems: list[str] | None = None) -> list[str]:
-    """The images of a folder in file-name order; none if the folder does not exist.
+def refuse_separator(file: str | os.PathLike, header: Sequence[str]) -> None:
+    """Refuse the first line of a table whose values are separated by other characters than commas."""
+    for character, word in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and character in header[0]:
+            raise UserError(f"{file}: its values are separated by {word}: save it with commas")
 
-    Hidden files and files without an image's suffix (Thumbs.db) are left out. A folder or a dangling link
-    with an image's name is refused: skipping it would silently change every gallery drawn after it.
-    """
-    names = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    continue
-                if entry.is_file():
-                    names.append(entry.name)
+
+def is_image(name: str) -> bool:
+    """Whether a file has an image's suffix."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+class Folder(NamedTuple):
+    """What a folder holds: paths in file-name order, without hidden files and clutter."""
+
+    path: str
+    images: list[str]
+    broken: list[str]  # dangling links with an image's suffix
+    others: list[str]  # files of other suffixes
+    below: list[str]  # folders
+
+    def refuse_misnamed(self, problems: list[str] | None = None) -> None:
+        """Refuse what is only named like an image: to skip it would change every gallery drawn after it."""
+        for path in sorted(self.broken + list(filter(is_image, self.below))):
+            refuse(f"{path}: named like an image, but a folder or a dangling link", problems)
+
+
+class Finder:
+    """Finds the image files below root, and remembers what it passes over: {kind: paths}."""
+
+    def __init__(self, root: str | os.PathLike, problems: list[str] | None = None):
+        self.root, self.problems = root, problems
+        self.passed: dict[str, list[str]] = defaultdict(list)
+
+    def scan(self, path: str) -> Folder:
+        """What a folder holds; nothing if it does not exist. Refuses a folder that cannot be listed."""
+        found = Folder(path, [], [], [], [])
+        entries: list[os.DirEntry] = []
+        try:
+            with os.scandir(path) as stream:
+                entries = sorted(stream, key=lambda entry: entry.name)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            refuse(f"{path}: cannot be listed: {error.strerror}", self.problems)
+        for entry in entries:
+            name = entry.name.lower()
+            if name.startswith(".") or name in CLUTTER:
+                continue
+            if name == JUNK or name.startswith(f"{JUNK}_"):
+                self.passed[JUNK_KIND].append(entry.path)
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                if name in WASTE:
+                    self.passed["folders of thumbnails or waste"].append(entry.path)
                 else:
-                    refuse(f"{entry.path}: named like an image, but a folder or a dangling link", problems)
-    except FileNotFoundError:
-        return []
+                    found.below.append(entry.path)
+            elif is_image(name):
+                is_file = not entry.is_symlink() or os.path.isfile(entry.path)
+                (found.images if is_file else found.broken).append(entry.path)
+            else:
+                found.others.append(entry.path)
+                self.passed[f"files {os.path.splitext(name)[1] or 'without a suffix'}"].append(entry.path)
+        return found
+
+    def images(self, path: str) -> list[str]:
+        """The images of one folder."""
+        folder = self.scan(path)
+        folder.refuse_misnamed(self.problems)
+        return folder.images
+
+    def walk(self, tops: Sequence[str]) -> list[Folder]:
+        """The folders tops and all below them, each before those in it, links followed.
+
+        What is really the same folder is walked once, first without links: so an image belongs to the folder
+        that it lies in. A link to a folder that holds a top is not followed.
+        """
+        found, waiting, links = [], list(reversed(tops)), []
+        seen = {_identity(parent) for top in tops for parent in Path(os.path.realpath(top)).parents}
+        while waiting or links:
+            path = waiting.pop() if waiting else links.pop(0)
+            if (identity := _identity(path)) in seen:
+                self.passed["folders that are walked already, through a link"].append(path)
+                continue
+            seen.add(identity)
+            found.append(self.scan(path))
+            for below in found[-1].below:
+                (links if os.path.islink(below) else waiting).append(below)
+        return sorted(found, key=lambda folder: folder.path.split(os.sep))
+
+    def report(self) -> None:
+        """Warn of what was passed over, each kind with its number and first path."""
+        kinds = [
+            f"{len(paths)} {kind} ({os.path.relpath(min(paths), self.root)})"
+            for kind, paths in sorted(self.passed.items())
+            if paths
+        ]
+        if kinds:
+            warn_once(f"{self.root}: not read: {', '.join(kinds)}")
+
+
+def _identity(path: str | os.PathLike) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
     except OSError as error:
-        refuse(f"{folder}: cannot be listed: {error.strerror}", problems)
-    return [os.path.join(folder, name) for name in sorted(names)]
+        raise UserError(f"{path}: cannot be listed: {error.strerror}") from error
+    return status.st_dev, status.st_ino
 
 
 def read_text(path: Path) -> str:
@@ -109,9 +213,17 @@ def path_problem(root: str | os.PathLike, path: str) -> str | None:
             if not parts.drive and "\\" not in path and not inside.startswith(os.pardir):
                 return f"{path!r} must be written relative to {root}, as {inside!r}"
         return f"{path!r} is outside the dataset"
-    if "\0" in path or not os.path.isfile(os.path.join(root, path)):
-        return f"there is no image file {path!r} in {root}"
-    return None
+    if "\0" not in path and os.path.isfile(os.path.join(root, path)):
+        return None
+    return f"there is no image file {path!r} in {root}{other_form(os.path.join(root, path))}"
+
+
+def other_form(path: str) -> str:
+    """Words for a message, if a file that is missing exists under its name in another Unicode form."""
+    forms = (form for form in ("NFC", "NFD") if "\0" not in path)
+    names = {form: unicodedata.normalize(form, path) for form in forms}
+    form = next((form for form, name in names.items() if name != path and os.path.isfile(name)), None)
+    return f": the file's name is in another Unicode form, {form}: rewrite the list in it" if form else ""
 
 
 def index_labels(file: Path, root: str | os.PathLike, problems: list[str] | None = None) -> dict[str, int]:
@@ -141,67 +253,7 @@ def index_labels(file: Path, root: str | os.PathLike, problems: list[str] | None
         else:
             refuse(f"{where}: {path!r} has label {pid} here and {labels[path]} above", problems)
     if repeated:
-        log.warning("%s: images that are listed twice are used once: line %s", file, listed(repeated))
+        warn_once(f"{file}: images that are listed twice are used once: line {listed(repeated)}")
     if not labels:
         refuse(f"{file}: lists no images", problems)
     return labels
-
-
-def _read_permutations(path: Path) -> list[np.ndarray]:
-    """Each camera's cells of SYSU-MM01's rand_perm_cam.mat; UserError if it is missing or malformed.
-
-    Cell [pid - 1] holds (10 trials, images) 1-based positions.
-    """
-    if not path.is_file():
-        raise UserError(
-            f"{path}: missing; the authors of SYSU-MM01 publish it in their evaluation repository "
-            "(wuancong/SYSU-MM01 on GitHub) under evaluation/data_split; --galleries seeded works without it"
-        )
-    try:
-        cells = scipy.io.loadmat(path, variable_names=["rand_perm_cam"])["rand_perm_cam"]
-    except Exception as error:  # scipy may raise anything for a broken file
-        raise UserError(f"{path}: not a MATLAB file with a variable rand_perm_cam") from error
-    if (
-        cells.shape not in ((6, 1), (1, 6))
-        or cells.dtype != object
-        or any(c.dtype != object for c in cells.flat)
-    ):
-        raise UserError(f"{path}: rand_perm_cam is not a cell array (6, 1) of cell arrays, one cell per id")
-    return [cell.ravel() for cell in cells.flat]
-
-
-def published_order(root: str | os.PathLike, cells: Cells, camids: tuple[int, ...], trial: int) -> Cells:
-    """SYSU-MM01's test cells of some cameras, with their images in the published order.
-
-    Args:
-        root: the dataset's folder.
-        cells: the images of each (pid, camid).
-        camids: the cameras of the gallery.
-        trial: 0..9.
-
-    Raises:
-        UserError: rand_perm_cam.mat is missing, malformed, or made for other images.
-    """
-    path = Path(root, "exp", "rand_perm_cam.mat")
-    cameras = _read_permutations(path)
-    ordered = {}
-    for pid in read_ids(Path(root, "exp", "test_id.txt")):
-        if pid == 0:
-            raise UserError(f"{path}: has no id 0, which test_id.txt lists: its ids start at 1")
-        for camid in camids:
-            where = f"{path}: id {pid}, camera {camid}"
-            images = cells.get((pid, camid), [])
-            camera = cameras[camid - 1]
-            positions = camera[pid - 1] if pid <= len(camera) else np.empty((10, 0))
-            if positions.size == 0 and not images:
-                continue
-            if positions.ndim != 2 or len(positions) != 10 or positions.dtype.kind not in "uif":
-                raise UserError(f"{where}: shape {positions.shape} is not (10 trials, images)")
-            row = positions[trial]
-            if row.max(initial=0) > len(images):
-                raise UserError(f"{where}: points to image {row.max():g}, but there are {len(images)}")
-            # Positions refer to the sorted files: an extra file would silently shift the others.
-            if sorted(row) != list(range(1, len(images) + 1)):
-                raise UserError(f"{where}: trial {trial} does not order the folder's {len(images)} images")
-            ordered[pid, camid] = [images[int(position) - 1] for position in row]
-    return ordered

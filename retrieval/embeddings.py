@@ -24,7 +24,7 @@ from data_manager import DATASETS
 from evaluation.models import saved_settings
 from images import DECODE_PIECE, PixelRange, UnreadableImages, read_image, to_pixels
 from model import TwoStreamResNet, build_model, extract_features
-from readers.lists import IMAGE_SUFFIXES
+from readers.lists import JUNK, Finder, is_image, other_form, refuse_separator, warn_once
 from retrieval.shards import COLUMNS, known_columns
 from utils import UserError
 
@@ -110,10 +110,13 @@ def find_images(source: str | os.PathLike, flag: str, modality: str | None = Non
     source = Path(source)
     suffix = source.suffix.lower()
     if source.is_dir():
-        found = Found(_walk(source))
+        finder = Finder(source)
+        folders = finder.walk([os.path.abspath(source)])
+        finder.report()
+        found = Found([path for folder in folders for path in sorted(folder.images + folder.broken)])
     elif not source.is_file():
         raise UserError(f"{flag} {source}: no such file or folder")
-    elif suffix in IMAGE_SUFFIXES:
+    elif is_image(source.name):
         return Found([os.path.abspath(source)])
     elif suffix in (".csv", ".txt"):
         try:
@@ -130,7 +133,10 @@ def find_images(source: str | os.PathLike, flag: str, modality: str | None = Non
     if not found.paths:
         raise UserError(f"{flag} {source}: no images there")
     if not any(map(os.path.exists, found.paths)):
-        raise UserError(f"{flag} {source}: none of its files exists; the first would be {found.paths[0]}")
+        raise UserError(
+            f"{flag} {source}: none of its files exists; the first would be {found.paths[0]}"
+            f"{other_form(found.paths[0])}"
+        )
     return found
 
 
@@ -138,30 +144,16 @@ def _absolute(source: Path, path: str) -> str:
     return os.path.normpath(os.path.join(os.path.abspath(source.parent), path))
 
 
-def _walk(root: Path) -> list[str]:
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot list {error.filename}: {error.strerror}")
-
-    paths = []
-    for folder, below, names in os.walk(os.path.abspath(root), onerror=refuse, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        paths += [
-            os.path.join(folder, name)
-            for name in sorted(names)
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        ]
-    return paths
-
-
 def _read_table(stream: TextIO, source: Path, flag: str, modality: str | None) -> Found:
     lines = csv.reader(stream, strict=True, skipinitialspace=True)
     header = [word.strip().lower() for word in next(lines, [])]
+    refuse_separator(f"{flag} {source}", header)
     if "path" not in header or len(set(header)) < len(header):
         raise UserError(f"{flag} {source}: its first line names no column `path`, or a column twice")
     shard = tuple(header[: len(COLUMNS)]) == COLUMNS  # what tools.embed wrote: it knows what its source knew
     columns = known_columns(dict.fromkeys(header)) if shard else dict.fromkeys(header)
     columns.pop("path", None)
-    known = {}
+    known, junk = {}, 0
     for line in filter(None, lines):
         if len(line) != len(header):
             raise UserError(
@@ -170,8 +162,12 @@ def _read_table(stream: TextIO, source: Path, flag: str, modality: str | None) -
         record = {key: sys.intern(word.strip()) for key, word in zip(header, line, strict=True)}
         path = _absolute(source, record["path"])
         values = known_columns(record) if shard else record
-        if modality is None or values.get("modality", modality) == modality:
+        if values.get("pid") == JUNK:
+            junk += 1
+        elif modality is None or values.get("modality", modality) == modality:
             known[path] = tuple(values[key] for key in columns)
+    if junk:
+        warn_once(f"{flag} {source}: {junk} images of pid {JUNK}, junk, are left out")
     return Found(list(known), tuple(columns), list(known.values()))
 
 

@@ -1,12 +1,13 @@
 """tools.check: a complete dataset passes, every problem is listed, and what no split takes is named."""
 
+import dataclasses
 import re
 
 from conftest import run_script
 from PIL import Image
 from test_data_manager import llcm, regdb, small_sysu, write
 
-from tools import check as command
+from data_manager import DATASETS
 from tools.check import check
 
 
@@ -37,6 +38,7 @@ def test_check_counts_a_partial_sysu(tmp_path):
     assert row(lines, "test", "visible", "5") == ["1", "-", "2", "1,918", "differs"]
     assert row(lines, "test", "infrared", "all") == ["2", "-", "8", "3,803", "differs"]
     assert lines[-1] == "not complete: 12 counts differ, 0 problems"
+    assert "train.py works with it, with up to 2 identities in a batch" in lines[-2]
     assert len({line.find("published") for line in lines if "published" in line}) == 1
 
 
@@ -49,7 +51,7 @@ def test_check_passes_what_matches_and_lists_every_problem(tmp_path, monkeypatch
         (("test",), "infrared", "3"): (None, 4),
         (("test",), "both", "all"): (2, None),
     }
-    monkeypatch.setitem(command.PUBLISHED, "sysu", published)
+    monkeypatch.setitem(DATASETS, "sysu", dataclasses.replace(DATASETS["sysu"], published=published))
     (root / "cam4/0099").mkdir()
     picture(root / "cam4/0099/0001.jpg")
     (root / "cam4/0098").mkdir()
@@ -101,7 +103,7 @@ def test_check_regdb_and_llcm(tmp_path):
     lines, complete = check("llcm", root)
     assert not complete
     assert row(lines, "test", "visible", "3") == ["2", "-", "10", "-"]
-    assert row(lines, "train", "both", "all") == ["2", "713", "4", "-", "differs"]
+    assert row(lines, "train", "both", "all") == ["2", "713", "4", "30,921", "differs"]
     assert row(lines, "train+test", "both", "all") == ["4", "1,064", "54", "46,767", "differs"]
     assert not [line for line in lines if line.startswith("problem: ")]
 

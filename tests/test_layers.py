@@ -11,12 +11,12 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("readers", "evaluation", "engine", "retrieval", "reporting", "synthetic", "tools")
 LIBRARY = (  # each may import those before it
     "utils", "devices", "checkpoints", "images", "augmentation", "readers", "readers.lists",
-    "readers.own_data", "readers.arrays", "data_manager", "data_loader", "memory", "loss", "model",
-    "reranking", "eval_metrics", "evaluation", "engine", "retrieval", "reporting", "synthetic.people",
-    "synthetic", "tools.commands",
+    "readers.samples", "readers.sysu", "readers.regdb", "readers.llcm", "readers.own", "readers.arrays",
+    "data_manager", "data_loader", "memory", "loss", "model", "reranking", "eval_metrics", "evaluation",
+    "engine", "retrieval", "reporting", "synthetic.people", "synthetic", "tools.commands",
 )  # fmt: skip
 COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}
-WITHOUT_TORCH = ("utils", "images", "readers.lists", "readers.own_data", "data_manager", "synthetic")
+WITHOUT_TORCH = ("utils", "images", "readers.lists", "readers.own", "data_manager", "synthetic")
 
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -71,7 +71,7 @@ def test_an_import_is_found_wherever_it_hides(tmp_path):
 def test_what_needs_no_torch_does_not_wait_for_it(file):
     """The files that read or draw a dataset start at once; PIL is for those that have to do with pixels."""
     banned = {"torch", "torchvision"} | (
-        {"PIL"} if file in ("utils", "readers.lists", "readers.own_data", "data_manager") else set()
+        {"PIL"} if file in ("utils", "readers.lists", "readers.own", "data_manager") else set()
     )
     code = f"import sys, {file}; print(*sorted({banned} & set(sys.modules)))"
     loaded = subprocess.run(

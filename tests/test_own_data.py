@@ -15,7 +15,7 @@ import synthetic
 from checkpoints import load_checkpoint
 from data_manager import DATASETS, dataset_root, gallery_samples, query_samples, read_split, train_samples
 from evaluation.protocols import Evaluation, Protocol
-from readers.own_data import draw_split, numbers
+from readers.own import draw_split, numbers
 from tools.check import check
 
 V2I, I2V = DATASETS["folder"].modes
@@ -220,7 +220,8 @@ WRONG = {
     ),
     "a CSV without lines": (lines(), ["images.csv", "lists no images"]),
     "an unknown column": (lines(*GOOD, header="path,pid,camera,modality,split"), ["unknown column camera"]),
-    "semicolons": (lines(header="path;pid;modality"), ["no column path"]),
+    "semicolons": (lines(header="path;pid;modality"), ["images.csv: its values are separated by semicolons"]),
+    "tabs": (lines(header="path\tpid\tmodality"), ["images.csv: its values are separated by tabs"]),
     "a missing column": (lines(*GOOD, header="path,camid,modality,split"), ["no column pid"]),
     "a column twice": (lines(*GOOD, header="path,pid,pid,modality,split"), ["twice"]),
     "too few values": (lines(*GOOD, "a/1.png,x"), ["images.csv, line 6: 2 values, not 5"]),

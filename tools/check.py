@@ -8,63 +8,33 @@ Exit status 0: complete; 1: not complete; 2: dataset not found.
 import argparse
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from data_manager import CAPTURED, DATASETS, Samples, dataset_root, read_split, refuse_shared, unknown_cameras
-from readers.lists import IMAGE_SUFFIXES, listed, number
-from readers.own_data import draw_split
+import data_manager
+from data_manager import CAPTURED, DATASETS, Samples
+from images import UnreadableImages, decode, find_pixel_range
+from readers.lists import Finder, listed, number
+from readers.own import draw_split
 from utils import Parser, UserError, at_least, log_to_terminal, run_script, seed_number
 
 Splits = dict[str, dict[str, Samples]]  # split -> modality -> images; RegDB's are "train 1", "test 1", …
 
-# (splits, modality, camera) -> (identities, images); None: not published.
-PUBLISHED = {
-    "sysu": {
-        (("train",), "both", "all"): (296, None),
-        (("val",), "both", "all"): (99, None),
-        (("train", "val"), "visible", "all"): (395, 22258),
-        (("train", "val"), "infrared", "all"): (395, 11909),
-        (("test",), "visible", "1"): (None, 1374),
-        (("test",), "visible", "2"): (None, 1565),
-        (("test",), "infrared", "3"): (None, 1883),
-        (("test",), "visible", "4"): (None, 1918),
-        (("test",), "visible", "5"): (None, 1918),
-        (("test",), "infrared", "6"): (None, 1920),
-        (("test",), "infrared", "all"): (None, 3803),
-        (("test",), "both", "all"): (96, None),
-    },
-    "regdb": {
-        ((f"{split} {trial}",), modality, camera): (206, 2060)
-        for trial in DATASETS["regdb"].trials
-        for split in ("train", "test")
-        for modality, camera in (("visible", "1"), ("infrared", "2"))
-    },
-    "llcm": {
-        (("train",), "both", "all"): (713, None),
-        (("train", "test"), "both", "all"): (1064, 46767),
-    },
-}
-CLUTTER = {"thumbs.db", "desktop.ini", "ehthumbs.db"}  # files of operating systems, besides hidden files
 
-
-def check(name: str, root: str | os.PathLike) -> tuple[list[str], bool]:
+def check(name: str, root: str | os.PathLike, workers: int = 1) -> tuple[list[str], bool]:
     """Compare a dataset with the published counts and decode every image: (lines to print, complete).
 
     Complete means: every published count matches and there are no problems, such as an id without images, an
-    id or image in two splits, a malformed index line or a broken image. Files and ids in no split are only
-    noted.
+    id or image in two splits, a malformed index line or a broken image: what train.py and test.py refuse, by
+    the same functions. Files and ids in no split are only noted.
     """
     problems: list[str] = []
     splits = read_splits(name, root, problems)
     paths = {path for split in splits.values() for images in split.values() for path in images.paths}
-    problems = [*dict.fromkeys(problems), *unreadable(sorted(paths))]  # two splits may share a problem
-    rows = count_rows(splits, PUBLISHED.get(name, {}))
+    problems = [*dict.fromkeys([*problems, *unreadable(name, splits, workers)])]  # splits may share a problem
+    rows = count_rows(splits, DATASETS[name].published)
     wrong = sum(row[-1] == "differs" for row in rows)
 
     table = [("split", "modality", "camera", "ids", "published", "images", "published", ""), *rows]
@@ -77,13 +47,19 @@ def check(name: str, root: str | os.PathLike) -> tuple[list[str], bool]:
     lines.append("")
     lines += [f"problem: {problem}" for problem in problems]
     lines += [f"note: {root}: {note}" for note in (not_taken(name, root, paths) if paths else ())]
+    if wrong and not problems:
+        most = len(np.unique(splits[next(iter(splits))]["visible"].pids))
+        lines.append(
+            f"note: {root}: a part of {DATASETS[name].title} or a synthetic one has other counts: train.py works "
+            f"with it, with up to {most} identities in a batch, and test.py, but results cannot be compared"
+        )
     complete = not wrong and not problems
     lines.append("complete" if complete else f"not complete: {wrong} counts differ, {len(problems)} problems")
     return lines, complete
 
 
 def read_splits(name: str, root: str | os.PathLike, problems: list[str]) -> Splits:
-    """Read every split that can be read; append what is wrong to problems."""
+    """Read every split that can be read, as train.py and test.py do; append what is wrong to problems."""
 
     def attempt(function: Callable, *args: object) -> dict | None:
         try:
@@ -92,15 +68,18 @@ def read_splits(name: str, root: str | os.PathLike, problems: list[str]) -> Spli
             problems.append(str(error))
             return None
 
-    splits = {}
-    trials = DATASETS[name].trials if name == "regdb" else (None,)
-    for trial in trials:
-        for split in ("train", "val", "test") if name == "sysu" else ("train", "test"):
+    dataset, splits = DATASETS[name], {}
+    for trial in dataset.trials if name == "regdb" else (None,):
+        for split in dataset.splits:
             title = split if trial is None else f"{split} {trial}"
-            splits[title] = attempt(read_split, split, trial, problems)
-        attempt(refuse_shared, trial)
-    if name == "sysu":
-        attempt(refuse_shared, None, "val")
+            splits[title] = attempt(data_manager.read_split, split, trial, problems)
+        for tested in dataset.splits[1:] if name == "sysu" else ("test",):
+            attempt(data_manager.refuse_shared, trial, tested)
+        if not problems:  # else they would say the same in other words
+            attempt(data_manager.train_samples, trial)
+            for mode in dataset.modes:
+                attempt(data_manager.query_samples, mode, trial)
+                attempt(data_manager.gallery_samples, mode, trial)
     return {title: split for title, split in splits.items() if split is not None}
 
 
@@ -133,24 +112,34 @@ def count_rows(splits: Splits, published: dict) -> list[tuple[str, ...]]:
     return rows
 
 
-def unreadable(paths: Iterable[str]) -> list[str]:
-    """A line for each image that cannot be decoded."""
-
-    def trouble(path: str) -> str | None:
+def unreadable(name: str, splits: Splits, workers: int) -> list[str]:
+    """Decode every image as training and evaluation do; a line for each that cannot be used."""
+    trained: dict[str, list[str]] = {}  # trial -> the images that a pixel range is found from
+    for title, split in splits.items():
+        if not title.startswith("test"):
+            trained.setdefault(title.partition(" ")[2], []).extend(p for s in split.values() for p in s.paths)
+    problems, ranges = [], {}
+    for trial, paths in trained.items():
         try:
-            with Image.open(path) as image:
-                image.load()
-        except UnidentifiedImageError:
-            return f"{path}: not an image"
-        except Exception as error:  # Pillow may raise anything for a broken file
-            return f"{path}: cannot be decoded: {error}"
-        return None
-
-    paths = list(paths)
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        lines = list(tqdm(pool.map(trouble, paths), "decoding", len(paths), unit="image", disable=None))
-    return [line for line in lines if line]
+            ranges[trial] = find_pixel_range(paths, workers)
+        except UserError as error:
+            problems.append(str(error))
+    used = {  # an image of several trials is decoded once for each range
+        (path, ranges.get(title.partition(" ")[2]))
+        for title, split in splits.items()
+        for samples in split.values()
+        for path in samples.paths
+    }
+    with tqdm(total=len(used), desc="decoding", unit="image", disable=None) as bar:
+        for pixel_range in dict.fromkeys(pixel_range for _, pixel_range in used):
+            paths = sorted(path for path, other in used if other == pixel_range)
+            size = DATASETS[name].height, DATASETS[name].width
+            try:
+                for pixels in decode(paths, *size, workers, pixel_range=pixel_range):
+                    bar.update(len(pixels))
+            except UnreadableImages as error:
+                problems += error.failures
+    return problems
 
 
 def not_taken(name: str, root: str | os.PathLike, taken: set[str]) -> list[str]:
@@ -161,27 +150,23 @@ def not_taken(name: str, root: str | os.PathLike, taken: set[str]) -> list[str]:
         root: the dataset's folder.
         taken: the paths of all images of the splits.
     """
-    cameras = unknown_cameras(name, root)
+    cameras = DATASETS[name].unknown_cameras(root)
+    names = set(map(os.path.basename, taken))
     known = {number(os.path.basename(os.path.dirname(path))) for path in taken}
+    apart = tuple(os.path.join(root, part, "") for part in (DATASETS[name].index_folder, *cameras) if part)
     pids, images, others = set(), [], []
-    apart = {DATASETS[name].index_folder, *cameras}
-    for folder, below, files in os.walk(root):
-        inside = os.path.relpath(folder, root)
-        below[:] = sorted(
-            part for part in below if not hidden(part) and os.path.normpath(f"{inside}/{part}") not in apart
-        )
-        if inside == ".":  # training arrays lie here
-            continue
-        pid = number(os.path.basename(folder))
-        for file in sorted(file for file in files if not hidden(file)):
-            if os.path.join(folder, file) in taken:
-                continue
-            if not file.lower().endswith(IMAGE_SUFFIXES):
-                others.append(os.path.join(inside, file))
-            elif pid is not None and pid not in known:
-                pids.add(pid)
-            else:
-                images.append(os.path.join(inside, file))
+    for folder in Finder(root).walk([str(root)]):
+        if folder.path == str(root) or os.path.join(folder.path, "").startswith(apart):
+            continue  # training arrays lie in root
+        pid = number(os.path.basename(folder.path))
+        left = [path for path in [*folder.images, *folder.broken] if path not in taken]
+        if os.path.relpath(folder.path, root).startswith(DATASETS[name].repeating):
+            left = [path for path in left if os.path.basename(path) not in names]
+        if pid is not None and pid not in known:
+            pids |= {pid for _ in left}
+        else:
+            images += [os.path.relpath(path, root) for path in left]
+        others += [os.path.relpath(path, root) for path in folder.others]
     kinds = {
         f"not read, because {DATASETS[name].title} has no such camera: ": cameras,
         "not used, in no split: id ": pids,
@@ -189,11 +174,6 @@ def not_taken(name: str, root: str | os.PathLike, taken: set[str]) -> list[str]:
         f"not taken, {len(others)} files without an image's suffix: ": others,
     }
     return [kind + listed(names) for kind, names in kinds.items() if names]
-
-
-def hidden(name: str) -> bool:
-    """Whether a file or folder is not part of a dataset."""
-    return name.startswith(".") or name.lower() in CLUTTER
 
 
 def get_args_parser() -> Parser:
@@ -208,6 +188,7 @@ def get_args_parser() -> Parser:
         "--test-identities", type=at_least(1), metavar="N", help="own images: draw N test identities, once"
     )
     parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="seed of that draw (0)")
+    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(), metavar="N", help="threads")
     return parser
 
 
@@ -216,13 +197,13 @@ def main(args: argparse.Namespace) -> int:
     sys.stdout.reconfigure(
         errors="backslashreplace"
     )  # file names may hold characters that a terminal cannot show
-    root = dataset_root(args.dataset, args.data_path)
+    log_to_terminal(stream=sys.stderr)
+    root = data_manager.dataset_root(args.dataset, args.data_path)
     if args.test_identities is not None:
         if args.dataset != "folder":
             raise UserError(f"--test-identities: {DATASETS[args.dataset].title} already has a split")
-        log_to_terminal(stream=sys.stderr)
         draw_split(root, args.test_identities, args.seed)
-    lines, complete = check(args.dataset, root)
+    lines, complete = check(args.dataset, root, args.workers)
     print("\n".join(lines))
     return 0 if complete else 1
 

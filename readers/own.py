@@ -10,22 +10,35 @@ docs/own-data.md is a guide from a folder of images to a table of results.
 import csv
 import os
 import random
+import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from readers.lists import image_paths, listed, number, path_problem, read_text
+from readers.lists import (
+    JUNK,
+    JUNK_KIND,
+    Finder,
+    listed,
+    number,
+    path_problem,
+    read_text,
+    refuse_separator,
+    warn_once,
+)  # fmt: skip
+from readers.samples import BOTH_WAYS, CAPTURED, Dataset, Samples, make_samples
 from utils import UserError, log, whole_file
 
 CSV_FILE = "images.csv"
 SPLIT_FILE = "test_identities.txt"  # the test pids, one per line; the others are for training
-MODALITIES = ("visible", "infrared")
 SPLITS = ("train", "test")
 REQUIRED, OPTIONAL = ("path", "pid", "modality"), ("camid", "split")
+CAMERA = re.compile(r"(?:^|_)c([0-9]{1,9})(?:s[0-9]+)?_")  # as LLCM, Market-1501 and DukeMTMC-reID name files
 
 
-class OwnImage(NamedTuple):
-    """One image; pid, camid and split as the folder or the CSV file has them, "" if unknown."""
+class Image(NamedTuple):
+    """One image; pid, camid and split as folders and names or the CSV file have them, "" if unknown."""
 
     path: str
     pid: str
@@ -34,48 +47,52 @@ class OwnImage(NamedTuple):
     split: str
 
 
-def read_split(root: str | os.PathLike, split: str) -> dict[str, tuple[list[str], list[int], list[int]]]:
-    """{modality: (paths, pids, camids)} of the images of a split, sorted by pid and path.
+class OwnImages(Dataset):
+    """See the file's docstring. Every test image is a query of one mode and in the gallery of the other."""
 
-    Pids and camids that are words become numbers, in sorted order; an unknown camid is 0. An identity in only
-    one modality is left out of training, with a warning.
+    def read(self, root, split, trial, problems=None) -> dict[str, Samples]:
+        """See Dataset; images are sorted by pid and path.
 
-    Args:
-        root: the folder of the images.
-        split: "train" or "test".
-
-    Raises:
-        UserError: a modality or split without images, an image or identity in both splits, no identity in
-            both modalities, a malformed line in a file, or no split.
-    """
-    images = with_splits(root, read_images(root))
-    shared = set.intersection(*({image.pid for image in images if image.split == name} for name in SPLITS))
-    if shared:
-        raise UserError(f"{root}: in both the train and the test split: pid {listed(shared, 10)}")
-    parts = {
-        modality: [image for image in images if (image.modality, image.split) == (modality, split)]
-        for modality in MODALITIES
-    }
-    pids = [{image.pid for image in part} for part in parts.values()]
-    if not all(pids):
-        modality = MODALITIES[0 if not pids[0] else 1]
-        raise UserError(f"{root}: the {split} split has no {modality} images")
-    both = pids[0] & pids[1]
-    if not both:
-        raise UserError(f"{root}: no identity of the {split} split has images of both modalities")
-    if split == "train" and (lonely := pids[0] ^ pids[1]):
-        log.warning("%s: left out of training, because in only one modality: pid %s", root, listed(lonely))
-        parts = {modality: [image for image in part if image.pid in both] for modality, part in parts.items()}
-    pid_of, camid_of = numbers(image.pid for image in images), numbers({i.camid for i in images} - {""}, 1)
-    columns = {}
-    for modality, part in parts.items():
-        rows = sorted((pid_of[image.pid], image.path, camid_of.get(image.camid, 0)) for image in part)
-        columns[modality] = (
-            [path for _, path, _ in rows],
-            [pid for pid, *_ in rows],
-            [row[2] for row in rows],
+        Pids and camids that are words become numbers, in sorted order; an unknown camid is 0. An identity in
+        only one modality is left out of training, with a warning.
+        """
+        images = with_splits(root, read_images(root))
+        shared = set.intersection(
+            *({image.pid for image in images if image.split == name} for name in SPLITS)
         )
-    return columns
+        if shared:
+            raise UserError(f"{root}: in both the train and the test split: pid {listed(shared, 10)}")
+        pids = {
+            modality: {image.pid for image in images if (image.modality, image.split) == (modality, split)}
+            for modality in CAPTURED
+        }
+        for modality in CAPTURED:
+            if not pids[modality]:
+                raise UserError(f"{root}: the {split} split has no {modality} images")
+        both = pids["visible"] & pids["infrared"]
+        if not both:
+            raise UserError(f"{root}: no identity of the {split} split has images of both modalities")
+        if split == "train" and (lonely := pids["visible"] ^ pids["infrared"]):
+            warn_once(f"{root}: left out of training, because in only one modality: pid {listed(lonely)}")
+        pid_of, camid_of = (
+            numbers(image.pid for image in images),
+            numbers({i.camid for i in images} - {""}, 1),
+        )
+        samples = {}
+        for modality in CAPTURED:
+            rows = sorted(
+                (pid_of[image.pid], image.path, camid_of.get(image.camid, 0))
+                for image in images
+                if (image.modality, image.split) == (modality, split)
+                and (split == "test" or image.pid in both)
+            )
+            pids, paths, camids = zip(*rows, strict=True)
+            samples[modality] = make_samples(paths, pids, camids, modality)
+        return samples
+
+
+# RegDB's protocol, preprocessing, recipe, size and schedule: they were chosen together.
+DATASET = OwnImages("own images", 288, 144, 5, "regdb", (30, 60), range(1), BOTH_WAYS, "")
 
 
 def numbers(words: Iterable[str], first: int = 0) -> dict[str, int]:
@@ -90,62 +107,65 @@ def numbers(words: Iterable[str], first: int = 0) -> dict[str, int]:
     return {word: place for place, word in enumerate(words, start=first)}
 
 
-def read_images(root: str | os.PathLike) -> list[OwnImage]:
+def read_images(root: str | os.PathLike) -> list[Image]:
     """All images of the dataset in the folder root; UserError if it has none of the three layouts."""
-    root = Path(root)
+    root, finder = Path(root), Finder(root)
+    parts = {split: [m for m in CAPTURED if (root / split / m).is_dir()] for split in (*SPLITS, "")}
     split_folders = [split for split in SPLITS if (root / split).is_dir()]
-    folders = [modality for modality in MODALITIES if (root / modality).is_dir()]
     if (root / CSV_FILE).exists():
-        images = _csv_images(root)
-    elif split_folders and folders:
-        raise UserError(f"{root}: has both {split_folders[0]} and {folders[0]}: remove one of them")
-    elif split_folders:
-        images = [image for split in SPLITS for image in _folder_images(root / split, split)]
-    elif folders:
-        images = _folder_images(root, "")
+        images = _csv_images(root, finder)
+    elif split_folders and parts[""]:
+        raise UserError(f"{root}: has both {split_folders[0]} and {parts[''][0]}: remove one of them")
+    elif split_folders or parts[""]:
+        images = _folder_images(root, finder, [(split, m) for split in parts for m in parts[split]])
     else:
         raise UserError(
             f"{root}: no images found: neither {CSV_FILE} nor the folders visible and infrared exist"
         )
-    for modality in MODALITIES:
+    finder.report()
+    for modality in CAPTURED:
         if all(image.modality != modality for image in images):
             raise UserError(f"{root}: no {modality} images; both modalities are needed")
+    forms: dict[str, str] = {}
+    for pid in sorted({image.pid for image in images}):
+        if (other := forms.setdefault(unicodedata.normalize("NFC", pid), pid)) != pid:
+            raise UserError(f"{root}: pid {pid} is written in two Unicode forms, {other!a} and {pid!a}")
     return images
 
 
-def _folder_images(folder: Path, split: str) -> list[OwnImage]:
-    """The images in <modality>/<pid>/, at any depth."""
+def _folder_images(root: Path, finder: Finder, parts: list[tuple[str, str]]) -> list[Image]:
+    """The images in <split>/<modality>/<pid>/ of the parts (split, modality), at any depth."""
+    tops = {str(root / split / modality): (split, modality) for split, modality in parts}
     images = []
-    for modality in MODALITIES:
-        if stray := image_paths(folder / modality):
-            raise UserError(f"{stray[0]}: not in an identity's folder: move it to {folder / modality}/<pid>")
-        for inner, below, _ in os.walk(folder / modality, followlinks=True):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            if paths := image_paths(inner):
-                pid = Path(inner).relative_to(folder / modality).parts[0]
-                images += [OwnImage(path, pid, "", modality, split) for path in paths]
+    for folder in finder.walk(list(tops)):
+        top = next(top for top in tops if folder.path == top or folder.path.startswith(top + os.sep))
+        if folder.path == top and folder.images:
+            raise UserError(f"{folder.images[0]}: not in an identity's folder: move it to {top}/<pid>")
+        folder.refuse_misnamed()
+        split, modality = tops[top]
+        pid = folder.path.removeprefix(top + os.sep).split(os.sep)[0]
+        for path in folder.images:
+            camera = CAMERA.search(os.path.basename(path))
+            images.append(Image(path, pid, camera[1] if camera else "", modality, split))
     return images
 
 
-def _csv_images(root: Path) -> list[OwnImage]:
+def _csv_images(root: Path, finder: Finder) -> list[Image]:
     file = root / CSV_FILE
     lines = read_text(file).splitlines()
     try:
         header, *rows = csv.reader(lines, strict=True, skipinitialspace=True) if lines else [[]]
     except csv.Error as error:
         raise UserError(f"{file}: not a CSV file: {error}") from error
-    header = [word.strip().lower() for word in header]
+    header, known = [word.strip().lower() for word in header], ",".join((*REQUIRED, *OPTIONAL))
+    refuse_separator(file, header)
     if missing := [column for column in REQUIRED if column not in header]:
-        raise UserError(
-            f"{file}: its first line has no column {listed(missing)}: path,pid,camid,modality,split"
-        )
+        raise UserError(f"{file}: its first line has no column {listed(missing)}: {known}")
     if unknown := [column for column in header if column not in (*REQUIRED, *OPTIONAL)]:
-        raise UserError(
-            f"{file}: unknown column {listed(unknown)}: only path,pid,camid,modality,split are known"
-        )
+        raise UserError(f"{file}: unknown column {listed(unknown)}: only {known} are known")
     if len(set(header)) < len(header):
         raise UserError(f"{file}: a column appears twice: {listed(header)}")
-    images: dict[str, OwnImage] = {}
+    images: dict[str, Image] = {}
     for count, row in enumerate(rows, start=2):
         if not "".join(row).strip():
             continue
@@ -153,30 +173,25 @@ def _csv_images(root: Path) -> list[OwnImage]:
         if len(row) != len(header):
             raise UserError(f"{where}: {len(row)} values, not {len(header)}")
         values = dict(zip(header, (word.strip() for word in row), strict=True))
-        path = os.path.normpath(values["path"])
+        path = os.path.normpath(values.pop("path"))
         if problem := path_problem(root, path):
             raise UserError(f"{where}: {problem}")
         if not values["pid"]:
             raise UserError(f"{where}: no pid")
-        if values["modality"] not in MODALITIES:
+        if values["modality"] not in CAPTURED:
             raise UserError(f"{where}: the modality {values['modality']!r} is neither visible nor infrared")
         if "split" in values and values["split"] not in SPLITS:
             raise UserError(f"{where}: the split {values['split']!r} is neither train nor test")
-        image = OwnImage(
-            str(root / path),
-            values["pid"],
-            values.get("camid", ""),
-            values["modality"],
-            values.get("split", ""),
-        )
+        image = Image(str(root / path), **({"camid": "", "split": ""} | values))
         if images.setdefault(path, image) != image:
             raise UserError(f"{where}: {path!r} has different values on an earlier line")
     if not images:
         raise UserError(f"{file}: lists no images")
-    return list(images.values())
+    finder.passed[JUNK_KIND] += [image.path for image in images.values() if image.pid == JUNK]
+    return [image for image in images.values() if image.pid != JUNK]
 
 
-def with_splits(root: str | os.PathLike, images: list[OwnImage]) -> list[OwnImage]:
+def with_splits(root: str | os.PathLike, images: list[Image]) -> list[Image]:
     """The images with their splits; SPLIT_FILE gives them if folders or CSV file do not."""
     if images[0].split:
         return images
@@ -218,7 +233,7 @@ def draw_split(root: str | os.PathLike, test_identities: int, seed: int) -> None
         if (drawn := len(_read_split_file(file))) != test_identities:
             raise UserError(f"{flag}: {file} lists {drawn}; remove it to draw again")
         return
-    pids = [{image.pid for image in images if image.modality == modality} for modality in MODALITIES]
+    pids = [{image.pid for image in images if image.modality == modality} for modality in CAPTURED]
     both = sorted(pids[0] & pids[1])
     if test_identities > len(both) - 2:
         raise UserError(
