@@ -12,10 +12,9 @@ import sys
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 from data_manager import DATASETS, class_labels, dataset_root, train_samples
-from readers.arrays import array_files, write_training_arrays
+from readers.arrays import TrainingImages, array_files, write_training_arrays
 from utils import Parser, at_least, data_flags, log_to_terminal, run_script
 
 
@@ -42,19 +41,9 @@ def main(args: argparse.Namespace) -> None:
     samples = train_samples("sysu", root)
     paths = {modality: samples[modality].paths for modality in samples}
     pids = np.unique(samples["visible"].pids)
+    source = TrainingImages(paths, class_labels(samples), pids)
     output = args.output or root
-    with tqdm(total=sum(map(len, paths.values())), unit="image") as bar:
-        write_training_arrays(
-            output,
-            paths,
-            class_labels(samples),
-            pids,
-            args.img_h,
-            args.img_w,
-            args.workers,
-            progress=bar.update,
-            pixel_range=args.pixel_range,
-        )
+    write_training_arrays(output, source, args.img_h, args.img_w, args.workers, pixel_range=args.pixel_range)
     for modality, (file, _) in array_files(output).items():
         size = f"{args.img_h}x{args.img_w}, {file.stat().st_size / 1e6:.1f} MB"
         print(f"{file}: {len(paths[modality])} {modality} images {size}")

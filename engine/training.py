@@ -19,7 +19,7 @@ from evaluation.protocols import Evaluation, Protocol
 from loss import MCE, Baseline
 from memory import MemoryBank
 from model import TwoStreamResNet, load_strictly
-from readers.arrays import open_training_arrays, training_arrays
+from readers.arrays import TrainingImages, open_training_arrays, training_arrays
 from readers.own import draw_split
 from utils import (
     MODALITIES,
@@ -232,11 +232,10 @@ def load_training_data(args: argparse.Namespace, root: Path) -> tuple[dict, dict
     else:  # decoded on the first run, opened on the next
         prefix = f"train_{args.trial}" if args.dataset == "regdb" else "train"
         pids = sorted({int(pid) for pid in samples["visible"].pids})
-        labels = data_manager.class_labels(samples)
+        source = TrainingImages(paths, data_manager.class_labels(samples), pids)
         arrays = training_arrays(
-            folder, paths, labels, pids, args.img_h, args.img_w, args.workers, prefix,
-            pixel_range=args.pixel_range,
-        )  # fmt: skip
+            folder, source, args.img_h, args.img_w, args.workers, prefix, args.pixel_range
+        )
     args.pixel_range = arrays.pixel_range and list(arrays.pixel_range)
     if args.select != "val":
         return arrays.images, arrays.labels, arrays.fingerprint or "of unknown origin"

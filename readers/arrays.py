@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from images import FULL_RANGE, PixelRange, UnreadableImages, decode, find_pixel_range
+from images import FULL_RANGE, PixelRange, UnreadableImages, decode
+from readers.ranges import find_pixel_range
 from utils import UserError, log, whole_file
 
 
@@ -47,6 +49,15 @@ def write_array(
             stream.write(pixels)
             if progress:
                 progress(len(pixels))
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingImages:
+    """The image files that training arrays are made of."""
+
+    paths: dict[str, Sequence[str]]  # {modality: N paths}
+    labels: dict[str, np.ndarray]  # {modality: (N,)}, 0..C-1
+    pids: Sequence[int]  # of labels 0..C-1
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,30 +106,24 @@ def fingerprint(paths: dict[str, Sequence[str]]) -> str:
 
 def write_training_arrays(
     folder: str | os.PathLike,
-    paths: dict[str, Sequence[str]],
-    labels: dict[str, np.ndarray],
-    pids: Sequence[int],
+    source: TrainingImages,
     height: int,
     width: int,
     workers: int,
     prefix: str = "train",
-    progress: Callable[[int], object] | None = None,
     pixel_range: PixelRange | None = None,
 ) -> None:
     """Decode the training images into the files of array_files, and write a manifest.
 
-    Existing files stay until the last image is written. The manifest, which records the images that the
-    arrays were made from, is replaced last.
+    Shows a bar on a terminal. Existing files stay until the last image is written. The manifest, which
+    records the images that the arrays were made from, is replaced last.
 
     Args:
         folder: for the files.
-        paths: {modality: N paths}.
-        labels: {modality: (N,)}.
-        pids: of labels 0..C-1, recorded in the manifest.
+        source: the images; the manifest records their pids.
         height, width: to resize to, in pixels.
         workers: threads that decode.
         prefix: of the files' names.
-        progress: called with the number of images written since the last call.
         pixel_range: of images of more than eight bits, recorded in the manifest; None: find_pixel_range.
 
     Raises:
@@ -126,13 +131,15 @@ def write_training_arrays(
         UnreadableImages: with every image that cannot be read.
     """
     given = pixel_range is not None
-    pixel_range = find_pixel_range([path for part in paths.values() for path in part], workers, pixel_range)
+    paths = source.paths
+    pixel_range = find_pixel_range(paths, workers, pixel_range)
     files = array_files(folder, prefix)
+    _say_what_is_replaced(files, height, width)
     manifest = {
         "height": height,
         "width": width,
         "images": {modality: len(paths[modality]) for modality in files},
-        "pids": [int(pid) for pid in pids],
+        "pids": [int(pid) for pid in source.pids],
         "fingerprint": fingerprint(paths),  # before decoding: it will differ if an image changes meanwhile
         "pixel_range": pixel_range,
         "pixel_range_given": given,
@@ -147,16 +154,30 @@ def write_training_arrays(
             raise UserError(
                 f"{folder}: the arrays need {need / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
             )
+        bar = stack.enter_context(
+            tqdm(total=sum(map(len, paths.values())), desc="decoding", unit="image", disable=None)
+        )
         for modality, (image_file, label_file) in files.items():
             with open(stack.enter_context(whole_file(label_file)), "wb") as stream:
-                np.save(stream, np.asarray(labels[modality], dtype=np.int64))
+                np.save(stream, np.asarray(source.labels[modality], dtype=np.int64))
             temporary = stack.enter_context(whole_file(image_file))
             try:
-                write_array(paths[modality], temporary, height, width, workers, progress, pixel_range)
+                write_array(paths[modality], temporary, height, width, workers, bar.update, pixel_range)
             except UnreadableImages as error:
                 failures += error.failures
         if failures:
             raise UnreadableImages(failures)
+
+
+def _say_what_is_replaced(files: dict[str, tuple[Path, Path]], height: int, width: int) -> None:
+    """Warn of arrays of another image size, which another run may still want."""
+    for file, _ in files.values():
+        with contextlib.suppress(UserError):
+            shape = _load(file, "").shape
+            if len(shape) == 4 and shape[1:3] != (height, width):
+                log.warning(
+                    "%s: its %d images of %dx%d are replaced by %dx%d", file, *shape[:3], height, width
+                )
 
 
 def _load(file: Path, remake: str) -> np.ndarray:
@@ -281,14 +302,11 @@ def _check_sources(file: Path, number: int, paths: Sequence[str], by_time: bool,
 
 def training_arrays(
     folder: str | os.PathLike,
-    paths: dict[str, Sequence[str]],
-    labels: dict[str, np.ndarray],
-    pids: Sequence[int],
+    source: TrainingImages,
     height: int,
     width: int,
     workers: int,
     prefix: str = "train",
-    progress: Callable[[int], object] | None = None,
     pixel_range: PixelRange | None = None,
 ) -> TrainingArrays:
     """Open the training arrays in folder; write them first if they are missing or out of date.
@@ -297,11 +315,12 @@ def training_arrays(
     """
     if _manifest_file(folder, prefix).exists():
         with contextlib.suppress(UserError):
-            arrays = open_training_arrays(folder, height, width, paths, prefix, pixel_range=pixel_range)
-            same = all(np.array_equal(arrays.labels[modality], labels[modality]) for modality in labels)
+            arrays = open_training_arrays(
+                folder, height, width, source.paths, prefix, pixel_range=pixel_range
+            )
+            same = all(np.array_equal(arrays.labels[key], labels) for key, labels in source.labels.items())
             if same and (pixel_range is not None or not arrays.range_was_given):  # by an earlier run's flag
                 return arrays
-    total = sum(map(len, paths.values()))
-    log.info("decoding %d training images into %s (once)", total, folder)
-    write_training_arrays(folder, paths, labels, pids, height, width, workers, prefix, progress, pixel_range)
-    return open_training_arrays(folder, height, width, paths, prefix)
+    log.info("decoding %d training images into %s (once)", sum(map(len, source.paths.values())), folder)
+    write_training_arrays(folder, source, height, width, workers, prefix, pixel_range)
+    return open_training_arrays(folder, height, width, source.paths, prefix)

@@ -4,11 +4,8 @@ import contextlib
 import csv
 import os
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
@@ -22,7 +19,7 @@ from checkpoints import fingerprint, load_checkpoint
 from data_loader import read_ahead
 from data_manager import DATASETS
 from evaluation.models import saved_settings
-from images import DECODE_PIECE, PixelRange, UnreadableImages, read_image, to_pixels
+from images import PixelRange, read_image, readable_batches, to_pixels
 from model import TwoStreamResNet, build_model, extract_features
 from readers.lists import JUNK, Finder, is_image, other_form, refuse_separator, warn_once
 from retrieval.shards import COLUMNS, known_columns
@@ -169,49 +166,6 @@ def _read_table(stream: TextIO, source: Path, flag: str, modality: str | None) -
     if junk:
         warn_once(f"{flag} {source}: {junk} images of pid {JUNK}, junk, are left out")
     return Found(list(known), tuple(columns), list(known.values()))
-
-
-def readable_batches(
-    paths: Sequence[str], read: Callable[[str], np.ndarray], batch_size: int, workers: int
-) -> Iterator[tuple[list[np.ndarray], list[int], list[str]]]:
-    """Yield (what read gives, n times, the n rows of paths, failures), read ahead by workers threads.
-
-    n is at most batch_size. What cannot be read is in no batch: failures says "path (reason)" of it.
-    """
-
-    def read_piece(piece: Sequence[str]) -> list[np.ndarray | UnreadableImages]:
-        images = []
-        for path in piece:
-            try:
-                images.append(read(path))
-            except UnreadableImages as error:
-                images.append(error)
-        return images
-
-    pieces = (paths[start : start + DECODE_PIECE] for start in range(0, len(paths), DECODE_PIECE))
-    pool = ThreadPoolExecutor(max(workers, 1))
-    try:
-        pending = deque(
-            pool.submit(read_piece, piece) for piece in islice(pieces, 2 * workers + batch_size // 4)
-        )
-        pixels, rows, failures, row = [], [], [], 0
-        while pending:
-            for image in pending.popleft().result():
-                if isinstance(image, UnreadableImages):
-                    failures += image.failures
-                else:
-                    pixels.append(image)
-                    rows.append(row)
-                row += 1
-            pending.extend(pool.submit(read_piece, piece) for piece in islice(pieces, 1))
-            while len(rows) >= batch_size or (rows and not pending):
-                yield pixels[:batch_size], rows[:batch_size], failures
-                del pixels[:batch_size], rows[:batch_size]
-                failures = []
-        if failures:
-            yield [], [], failures
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def embed_files(

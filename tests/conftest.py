@@ -15,7 +15,7 @@ import train
 from checkpoints import save_checkpoint
 from data_manager import class_labels, train_samples
 from model import TwoStreamResNet
-from readers.arrays import write_training_arrays
+from readers.arrays import TrainingImages, write_training_arrays
 from utils import run_script as run_main
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, and long where cores are shared
@@ -55,7 +55,7 @@ def draw_sysu(root, identities=8, seed=0):
     samples = train_samples("sysu", root)
     paths = {modality: those.paths for modality, those in samples.items()}
     pids = sorted({int(pid) for pid in samples["visible"].pids})
-    write_training_arrays(root, paths, class_labels(samples), pids, 32, 16, workers=1)
+    write_training_arrays(root, TrainingImages(paths, class_labels(samples), pids), 32, 16, workers=1)
     return root
 
 
@@ -69,6 +69,17 @@ def draw_images(folder, number, size=(12, 30), seed=0):
         paths.append(str(folder / f"{k:04d}.png"))
         small.resize(size).save(paths[-1])
     return paths
+
+
+def save_values(path, values):
+    """Write an array as an image, as Pillow does it; return the path."""
+    Image.fromarray(values).save(path)
+    return str(path)
+
+
+def ramp(low, high, dtype, shape=(20, 8)):
+    """An image with all of low..high, as far as it has pixels."""
+    return np.linspace(low, high, shape[0] * shape[1]).astype(dtype).reshape(shape)
 
 
 def random_checkpoint(path, seed=0, **settings):

@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("readers", "evaluation", "engine", "retrieval", "reporting", "synthetic", "tools")
 LIBRARY = (  # each may import those before it
-    "utils", "devices", "checkpoints", "images", "augmentation", "readers", "readers.lists",
-    "readers.samples", "readers.sysu", "readers.regdb", "readers.llcm", "readers.own", "readers.arrays",
-    "data_manager", "data_loader", "memory", "loss", "model", "reranking", "eval_metrics", "evaluation",
-    "engine", "retrieval", "reporting", "synthetic.people", "synthetic", "tools.commands",
+    "utils", "devices", "checkpoints", "readers.formats", "images", "augmentation", "readers",
+    "readers.lists", "readers.samples", "readers.sysu", "readers.regdb", "readers.llcm", "readers.own",
+    "readers.ranges", "readers.arrays", "data_manager", "data_loader", "memory", "loss", "model", "reranking",
+    "eval_metrics", "evaluation", "engine", "retrieval", "reporting", "synthetic.people", "synthetic",
+    "tools.commands",
 )  # fmt: skip
 COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}
 WITHOUT_TORCH = ("utils", "images", "readers.lists", "readers.own", "data_manager", "synthetic")
