@@ -16,6 +16,8 @@ from typing import TextIO
 
 log = logging.getLogger("mce")
 
+LOG_FORMAT = "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"  # of the lines of a run, 20 characters of clock
+
 MODALITIES = ("visible", "infrared", "aux")  # the order of a batch's rows in memory and loss
 
 
@@ -45,10 +47,10 @@ def run_script(
         signal.signal(signal.SIGTERM, previous)
 
 
-def log_to_terminal(quiet: bool = False, stream: TextIO | None = None) -> None:
-    """Write the log to stream (default: standard output) without prefixes; quiet: only warnings."""
+def log_to_terminal(quiet: bool = False, stream: TextIO | None = None, clock: bool = False) -> None:
+    """Write the log to stream (default: standard output); quiet: only warnings; clock: with date and time."""
     handler = logging.StreamHandler(stream or sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(logging.Formatter(*LOG_FORMAT if clock else ("%(message)s",)))
     log.handlers[:] = [handler]
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False

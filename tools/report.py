@@ -98,7 +98,7 @@ def main(command: Sequence[str]) -> None:
                 raise UserError(f"--figures {name}: {MISSING[name]}")
         log.info("wrote %s as PNG and PDF in %s", ", ".join(drawn), folder)
     else:
-        write_page(findings, folder, [tuple(line.split(": ", 1)) for line in environment()], args.workers)
+        write_page(findings, folder, list(environment().items()), args.workers)
 
 
 if __name__ == "__main__":
