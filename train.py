@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from augmentation import normalize
+from devices import peak_memory
 from engine.events import Board
 from engine.files import Run
 from engine.launch import launch
@@ -82,6 +83,7 @@ def fit(training: Training, evaluation: Evaluation, progress: Progress, run: Run
             rate=rate,
             loss=dict(zip(("total", *training.loss.weights), losses.mean(0).tolist(), strict=True)),
             steps=len(losses),
+            gigabytes=peak_memory(training.device),
             images_per_second=training.images_per_step * len(losses) / (ended - rebuilt),
             seconds={
                 "memory": rebuilt - began,
@@ -311,15 +313,8 @@ def check(training: Training, evaluation: Evaluation) -> None:
     normalized = normalize(images.to(device))
     features = extract_features(training.model.eval(), [normalized], "infrared", training.dtype)
     log.info("one evaluation batch: %d images, %d features each", *features.shape)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        log.info("GPU memory: at most %.1f of %.1f GB", torch.cuda.max_memory_reserved() / 1e9, total / 1e9)
-    with contextlib.suppress(ImportError):  # Windows has no such module
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        log.info("memory of this process: at most %.1f GB", peak / 1e9)
+    for name, gigabytes in peak_memory(device).items():
+        log.info("memory of the %s: at most %.1f GB", name, gigabytes)
     if bank.modalities:
         log.info("memory bank: %.0f MB", 8 * bank.shared.proxies.nbytes / 1e6)
     state = sum(value.nbytes for value in training.model.state_dict().values()) / 1e6

@@ -142,7 +142,7 @@ class Run:
         self.begun = True
         self._handler = LogFile(self.log, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter(*LOG_FORMAT))
-        self._logged = {line[20:] for line in self.log.read_text(encoding="utf-8").splitlines()}
+        self._logged = {line[20:] for line in self.log.read_text("utf-8", "replace").splitlines()}
         for name, words in header.items():
             self._handler.handle(log.makeRecord(log.name, logging.INFO, "", 0, "%s: %s", (name, words), None))
         log.addHandler(self._handler)

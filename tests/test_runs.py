@@ -105,7 +105,7 @@ def test_a_name_is_one_that_a_file_can_have(weights, tmp_path):
     assert run.name.endswith("_trial_10")
     assert Path(run.name).name == run.name
     run.acquire()  # makes files of that name
-    run.save({"net": NET}, True, "the best")
+    run.save({"net": NET, "history": []}, True, "the best")
     run.release()
 
 
@@ -168,6 +168,7 @@ def test_best_says_how_it_was_chosen_and_is_without_the_state_of_training(run):
         "epoch": 1,
         "optimizer": {"lr": 1},
         "scaler": {},
+        "history": [],
         "args": {"a": 1},
     }
     run.save(checkpoint, is_best=False, selection="by rank-1")
@@ -198,7 +199,7 @@ def test_a_run_that_is_there_is_not_overwritten_and_the_way_on_is_told(run):
 def test_remove_takes_all_of_the_run_and_nothing_else(run, tmp_path):
     run.events.mkdir()
     other = tmp_path / "save_model" / "toy_p40_last.t"
-    mine = [run.best, run.last, run.log, run.events / "events.0"]
+    mine = [run.best, run.last, run.log, run.history, run.events / "events.0"]
     for path in [*mine, other]:
         path.write_bytes(b"x")
     run.remove()

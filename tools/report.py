@@ -18,7 +18,7 @@ from devices import Processes, select_device
 from engine.files import environment
 from evaluation.models import build_evaluation, embed_models, evaluation_flags, parse_and_find
 from reporting.evaluated import Evaluated, labels
-from reporting.learning import log_file, read_log
+from reporting.learning import history_file, read_history
 from reporting.report import FIGURES, MISSING, Findings, write_figures, write_page
 from utils import Parser, UserError, log, log_to_terminal, run_script
 
@@ -34,7 +34,9 @@ def get_args_parser() -> Parser:
         "--resume", required=True, nargs="+", metavar="FILE",
         help="checkpoints to compare; rankings, embedding and activations are of the first",
     )  # fmt: skip
-    parser.add_argument("--log-path", metavar="DIR", help="the runs' logs (where they were written)")
+    parser.add_argument(
+        "--log-path", metavar="DIR", help="the runs' logs and histories (where they were written)"
+    )
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument("--output", required=True, metavar="DIR", help="for index.html and the figures")
     outputs.add_argument(
@@ -65,9 +67,9 @@ def evaluate_checkpoint(
         for rerank in dict.fromkeys((None, *args.rerank)):
             for protocol, metrics in evaluation.score(features, rerank, trial).items():
                 results.setdefault((protocol, rerank), []).extend(metrics)
-    logged = log_file(kept["path"], kept["saved"], args.log_path)
+    found = history_file(kept["path"], kept["saved"], args.log_path)
     return Evaluated(
-        **kept, label=label, log=read_log(logged) if logged else None, evaluation=evaluation,
+        **kept, label=label, history=read_history(found) if found else None, evaluation=evaluation,
         shared=len(models) == 1, results=results,
     )  # fmt: skip
 
