@@ -9,6 +9,11 @@ log/<dataset>_log/, and TensorBoard events under log/vis_log/. engine/launch.py 
 line; below are its epochs, from top to bottom, and what an epoch does. docs/method.md defines the method.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
+    from utils import refuse_missing_checkpoints
+
+    refuse_missing_checkpoints()
+
 import contextlib
 import sys
 import time

@@ -124,6 +124,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+def refuse_missing_checkpoints() -> None:
+    """Exit with 2 if a file of --resume or --weights is missing: for scripts, before they import torch.
+
+    The import takes half a minute from a slow disk. All else about the flags is left to the script's parser.
+    """
+    parser = Parser(add_help=False)
+    for flag in ("--resume", "--weights"):
+        parser.add_argument(flag, nargs="*", default=[])
+    parser.add_argument("--model-path", default="save_model")  # test.py looks there too
+    with contextlib.suppress(UserError):
+        args, others = parser.parse_known_args()
+        for name in {*args.resume, *args.weights} - {"auto", "imagenet", "none"}:
+            found = "{trial}" in name or Path(name).exists() or Path(args.model_path, name).exists()
+            if not found and not {"-h", "--help"} & set(others):
+                print(f"{Path(sys.argv[0]).name}: error: no file at {name}", file=sys.stderr)
+                sys.exit(2)
+
+
 def at_least(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
     """An argparse type: an integer from minimum to maximum."""
 

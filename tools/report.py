@@ -7,6 +7,11 @@
 DIR/index.html opens from the disk and needs no network; each figure lies beside it as PNG and PDF.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
+    from utils import refuse_missing_checkpoints
+
+    refuse_missing_checkpoints()
+
 import os
 import sys
 from collections.abc import Sequence
