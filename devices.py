@@ -1,8 +1,10 @@
 """Devices, precision, seeds, and the processes that torchrun starts."""
 
+import contextlib
 import datetime
 import os
 import random
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -116,6 +118,19 @@ class Processes:
         """Wait until every process has called this."""
         if self.world_size > 1:
             torch.distributed.barrier(self.host)
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most gigabytes that this process has taken so far: {"process": …, "GPU": …}, as far as known."""
+    peak = {}
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["process"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9
+    if device.type == "cuda":
+        peak["GPU"] = torch.cuda.max_memory_reserved(device) / 1e9
+    return peak
 
 
 def seed_globally(seed: int, deterministic: bool = False) -> None:

@@ -92,6 +92,8 @@ class MemoryBank:
         shared_hard: False updates `shared` with means too.
     """
 
+    modalities = MODALITIES  # of which `reset` wants the class means
+
     def __init__(
         self,
         num_classes: int,
@@ -128,3 +130,15 @@ class MemoryBank:
             getattr(self, modality).update(features[modality], labels)
         all_features = torch.cat([features[modality] for modality in modalities])
         self.shared.update(all_features, labels.repeat(len(modalities)))
+
+
+class NoMemory:
+    """In the place of MemoryBank for losses without a memory: there is nothing to reset or to update."""
+
+    modalities = ()
+
+    def reset(self, class_means: Mapping[str, torch.Tensor]) -> None:
+        """See MemoryBank.reset."""
+
+    def update(self, features: Mapping[str, torch.Tensor], labels: torch.Tensor) -> None:
+        """See MemoryBank.update."""

@@ -7,6 +7,11 @@
 The table goes to standard output, everything else to standard error.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
+    from utils import refuse_missing_checkpoints
+
+    refuse_missing_checkpoints()
+
 import argparse
 import sys
 from collections.abc import Sequence

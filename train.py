@@ -4,43 +4,153 @@
     python train.py --dataset regdb --trial 1 --gpu 0
     torchrun --nproc_per_node 4 train.py --dataset sysu
 
-Writes <run>_best.t and <run>_last.t under save_model/, a log under log/<dataset>_log/ and TensorBoard events
-under log/vis_log/. Read an epoch in this file from top to bottom; docs/method.md defines the method.
+Writes <run>_best.t and <run>_last.t under save_model/, a log and its numbers, <run>.log and .jsonl, under
+log/<dataset>_log/, and TensorBoard events under log/vis_log/. engine/launch.py makes a run of the command
+line; below are its epochs, from top to bottom, and what an epoch does. docs/method.md defines the method.
 """
 
-import argparse
+if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
+    from utils import refuse_missing_checkpoints
+
+    refuse_missing_checkpoints()
+
 import contextlib
-import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from augmentation import normalize
-from data_manager import DATASETS
-from devices import Processes, select_device
+from devices import peak_memory
 from engine.events import Board
-from engine.files import Run, environment
-from engine.settings import get_args_parser, open_run
-from engine.training import SELECTION, Training, build_training
+from engine.files import Run
+from engine.launch import launch
+from engine.training import SELECTION, Progress, Training
 from eval_metrics import Metrics, summarize
-from evaluation.protocols import Features
+from evaluation.protocols import Evaluation, Features
 from model import extract_features
-from utils import UserError, log, log_to_terminal, run_script
+from utils import UserError, log, run_script
 
 Batches = Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]
 
 LOOK_EVERY = 20  # steps between two checks of the losses: a check waits for the device
+SPEAK_EVERY = 60  # seconds between two lines about the steps of an epoch, where no terminal shows a bar
 
 
 class NotFinite(UserError):
     """A loss or a weight is infinite or not a number."""
+
+
+def main(command: list[str]) -> int | None:
+    """Train the run or runs of a command line; return 143 after SIGTERM and 130 after Ctrl-C."""
+    return launch(command, fit, check)
+
+
+# --- a run: its epochs, evaluations and checkpoints
+
+
+def fit(training: Training, evaluation: Evaluation, progress: Progress, run: Run) -> None:
+    """Train the remaining epochs: set the rate, rebuild the memory, train, save, evaluate, keep the best."""
+    args, processes, loader = training.args, training.processes, training.loader
+    started, epochs_before = time.perf_counter(), progress.epoch
+    board = Board(run.events if processes.rank == 0 else None, progress.epoch)
+    if progress.epoch == 0:
+        with contextlib.closing(loader.epoch(0)) as batches:  # for TensorBoard: augmented images
+            board.add_batch(next(batches)[0])
+    evaluate_if_due(training, evaluation, progress, run, board)  # --epochs 0, or stopped during an evaluation
+    for epoch in range(progress.epoch, args.epochs):
+        rate = learning_rate(epoch, args.lr, args.warmup_epochs, args.decay_epochs)
+        for group in training.optimizer.param_groups:
+            group["lr"] = rate
+
+        began = time.perf_counter()
+        rebuild_memory(training, epoch)
+        rebuilt = time.perf_counter()
+        try:
+            losses = train_one_epoch(training, loader.epoch(epoch), epoch)
+            # The running statistics differ between processes: evaluate and save those of process 0.
+            processes.broadcast(training.model.buffers())
+            refuse_non_finite_weights(training.model, epoch)
+        except NotFinite as error:
+            good = "no checkpoint was saved"
+            if epoch:
+                good = f"the last good checkpoint is {run.last}, after epoch {epoch}"
+            raise NotFinite(f"{error}; {good}") from error
+        ended = time.perf_counter()
+
+        progress.epoch = epoch + 1
+        progress.record().update(
+            epochs=args.epochs,
+            rate=rate,
+            loss=dict(zip(("total", *training.loss.weights), losses.mean(0).tolist(), strict=True)),
+            steps=len(losses),
+            gigabytes=peak_memory(training.device),
+            images_per_second=training.images_per_step * len(losses) / (ended - rebuilt),
+            seconds={
+                "memory": rebuilt - began,
+                "steps": ended - rebuilt,
+                "waiting": loader.wait_seconds,  # of the steps', for input
+                "left": (args.epochs - epoch - 1) * (ended - started) / (epoch + 1 - epochs_before),
+            },
+        )
+        # TensorBoard first: what a continued run repeats replaces what was there. Then the checkpoint, and
+        # only then the log, which a continued run completes from the checkpoint.
+        board.add_epoch(progress.record())
+        if processes.rank == 0:
+            run.save(training.state() | progress.state())
+        evaluate_if_due(training, evaluation, progress, run, board)
+    board.close()
+    if progress.best:
+        log.info("best: %s, epoch %d, mAP %.2f", run.best, progress.best["epoch"], 100 * progress.best["mAP"])
+    log.info("finished: %s", run.last)
+
+
+def evaluate_if_due(
+    training: Training, evaluation: Evaluation, progress: Progress, run: Run, board: Board
+) -> None:
+    """If an evaluation is due and not done yet: evaluate, keep the best, save and log.
+
+    The epoch was saved before. So a failed evaluation loses no epoch, and a run that is stopped during an
+    evaluation repeats it when it is resumed.
+    """
+    args, epoch = training.args, progress.epoch
+    due = epoch == args.epochs or (epoch > args.eval_start and epoch % args.eval_every == 0)
+    if not due or progress.evaluated == epoch:
+        return
+    began = time.perf_counter()
+    metrics, features = evaluate(training, evaluation)
+    # The highest mAP is best, as in the released code; of equal ones, the earliest.
+    is_best = (
+        args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP > progress.best["mAP"])
+    )
+    rank1, rank10, mAP, mINP = float(metrics.cmc[0]), float(metrics.cmc[9]), metrics.mAP, metrics.mINP
+    if is_best:
+        progress.best = {"epoch": epoch, "rank1": rank1, "mAP": mAP, "mINP": mINP}
+    progress.evaluated, progress.latest = epoch, metrics
+    progress.record()["evaluation"] = {
+        "protocol": evaluation.protocols[0].title,
+        "metrics": {"rank-1": rank1, "rank-10": rank10, "mAP": mAP, "mINP": mINP},
+        "best": is_best,
+        "seconds": time.perf_counter() - began,
+    }
+    board.add_evaluation(progress.record(), features, evaluation)
+    if training.processes.rank == 0:
+        run.save(training.state() | progress.state(), is_best, SELECTION[args.select])
+
+
+def evaluate(training: Training, evaluation: Evaluation) -> tuple[Metrics, Features]:
+    """Evaluate the network: the metrics, averaged over the protocol's trials, and the features."""
+    args = training.args
+    training.model.eval()
+    features = evaluation.features(
+        training.model, training.device, training.dtype, args.test_batch, args.workers, training.processes
+    )
+    [metrics] = evaluation.score(features).values()
+    return summarize(metrics)[0], features
 
 
 # --- an epoch: learning rate, memory, steps
@@ -71,7 +181,7 @@ def rebuild_memory(training: Training, epoch: int) -> None:
     bank, processes, test_batch = training.bank, training.processes, training.args.test_batch
     training.model.eval()
     means = {}
-    for modality in training.loader.modalities:
+    for modality in filter(bank.modalities.__contains__, training.loader.modalities):
         sums = torch.zeros_like(bank.shared.proxies)  # (C, D)
         counts = sums.new_zeros(len(sums), 1)
         # Each process embeds its share of the images; all_reduce adds the sums up.
@@ -99,11 +209,9 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
     """
     network, bank, optimizer, scaler = training.network, training.bank, training.optimizer, training.scaler
     device, dtype, processes = training.device, training.dtype, training.processes
-    names = tuple(training.loss.weights)
     network.train()
-    history = []  # the losses of each step, on the device
-    progress = tqdm(batches, f"epoch {epoch + 1}", len(training.loader.batches), leave=False, disable=None)
-    for images, labels in progress:
+    watch = Watch(training, batches, epoch)
+    for images, labels in watch.bar:
         # One pass through the trunk, so that its batch norms see all 3n images. The aux images are made from
         # visible images, so they go through the visible stem.
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -125,37 +233,64 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
             labels = processes.all_gather(labels)
             for weight in training.loss.parameters():  # a baseline's classifier, outside the network
                 weight.grad = processes.all_reduce(weight.grad) / processes.world_size
-        if training.args.loss == "mce":  # the baselines have no memory
-            bank.update(features, labels)
+        bank.update(features, labels)
         scaler.step(optimizer)
         scaler.update()
 
-        history.append(torch.stack([total, *(terms[name] for name in names)]).detach())
-        if len(history) % LOOK_EVERY == 0:
-            refuse_non_finite(history, names, epoch)
-            show(progress, history[-1][0].item(), training, epoch)
-    refuse_non_finite(history, names, epoch)
-    return torch.stack(history).cpu()
+        watch.add(total, terms)
+    return watch.losses()
 
 
-def show(progress: tqdm, loss: float, training: Training, epoch: int) -> None:
-    """Show the loss, the speed and the time left until the end of the run next to the progress bar."""
-    if progress.disable:  # no terminal, so tqdm measures no time
-        return
-    seconds = progress.format_dict["elapsed"] / max(progress.n, 1)  # of a step
-    images = training.images_per_step
-    steps = (training.args.epochs - epoch) * len(training.loader.batches) - progress.n
-    left = tqdm.format_interval(steps * seconds)
-    progress.set_postfix_str(f"loss {loss:.3f}, {images / seconds:.0f} images/s, {left} left", refresh=False)
+class Watch:
+    """Keeps the losses of an epoch's steps on the device, and looks at them, and tells of them, now and then.
 
+    Args:
+        training: the run.
+        batches: of the epoch; the attribute bar yields them, and shows on a terminal how far the epoch is.
+        epoch: counted from 0.
+    """
 
-def refuse_non_finite(history: list[torch.Tensor], terms: Iterable[str], epoch: int) -> None:
-    """Raise NotFinite with the first step and terms that are not finite. Waits for the device."""
-    finite = torch.stack(history).isfinite().cpu()
-    if not finite.all():
-        step = int((~finite.all(1)).nonzero()[0])
-        bad = [name for name, good in zip(("total", *terms), finite[step].tolist(), strict=True) if not good]
-        raise NotFinite(f"the loss is not finite at epoch {epoch + 1}, step {step + 1}: {', '.join(bad)}")
+    def __init__(self, training: Training, batches: Batches, epoch: int):
+        self.training, self.epoch, self.names = training, epoch, tuple(training.loss.weights)
+        self.history = []  # the losses of each step, on the device
+        self.began = self.spoke = time.perf_counter()
+        steps = len(training.loader.batches)
+        self.bar = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)
+
+    def add(self, total: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        """Take the losses of a step; see losses for what it may raise."""
+        self.history.append(torch.stack([total, *(terms[name] for name in self.names)]).detach())
+        if len(self.history) % LOOK_EVERY == 0:
+            self.refuse_non_finite()
+            self.speak()
+
+    def losses(self) -> torch.Tensor:
+        """The losses (steps, 1 + terms) float32 on the CPU; NotFinite, with the first step and its terms."""
+        self.refuse_non_finite()
+        return torch.stack(self.history).cpu()
+
+    def refuse_non_finite(self) -> None:
+        """Raise NotFinite with the first step and terms that are not finite. Waits for the device."""
+        finite = torch.stack(self.history).isfinite().cpu()
+        if not finite.all():
+            step = int((~finite.all(1)).nonzero()[0])
+            values = zip(("total", *self.names), finite[step].tolist(), strict=True)
+            bad = ", ".join(name for name, good in values if not good)
+            raise NotFinite(f"the loss is not finite at epoch {self.epoch + 1}, step {step + 1}: {bad}")
+
+    def speak(self) -> None:
+        """Tell loss, speed and the time left of the run: beside the bar, or once a minute in the log."""
+        now, done = time.perf_counter(), len(self.history)
+        if self.bar.disable and now - self.spoke < SPEAK_EVERY:
+            return
+        self.spoke, seconds = now, (now - self.began) / done  # of a step
+        steps = (self.training.args.epochs - self.epoch) * self.bar.total - done
+        speed, left = self.training.images_per_step / seconds, tqdm.format_interval(steps * seconds)
+        words = f"loss {self.history[-1][0].item():.3f}, {speed:.0f} images/s, {left} left"
+        if self.bar.disable:
+            log.info("  epoch %d, step %d of %d: %s", self.epoch + 1, done, self.bar.total, words)
+        else:
+            self.bar.set_postfix_str(words, refresh=False)
 
 
 def refuse_non_finite_weights(model: torch.nn.Module, epoch: int) -> None:
@@ -165,239 +300,31 @@ def refuse_non_finite_weights(model: torch.nn.Module, epoch: int) -> None:
             raise NotFinite(f"the weight {name} is not finite after epoch {epoch + 1}")
 
 
-# --- a run: epochs, evaluation, checkpoints
+# --- trying a run
 
 
-def evaluate(training: Training) -> tuple[Metrics, Features]:
-    """Evaluate the network: the metrics, averaged over the protocol's trials, and the features."""
-    args = training.args
-    training.model.eval()
-    features = training.evaluation.features(
-        training.model, training.device, training.dtype, args.test_batch, args.workers, training.processes
-    )
-    mean, _ = summarize(training.evaluation.score(features)[training.protocol])
-    return mean, features
-
-
-def evaluate_if_due(training: Training, run: Run, board: Board) -> None:
-    """If an evaluation is due and not done yet: evaluate, keep the best, save and log.
-
-    The epoch was saved before. So a failed evaluation loses no epoch, and a run that is stopped during an
-    evaluation repeats it when it is resumed.
-    """
-    args, epoch = training.args, training.epoch
-    due = epoch == args.epochs or (epoch > args.eval_start and epoch % args.eval_every == 0)
-    if not due or training.evaluated == epoch:
-        return
-    metrics, features = evaluate(training)
-    result = {"epoch": epoch, "rank1": float(metrics.cmc[0]), "mAP": metrics.mAP, "mINP": metrics.mINP}
-    # The highest mAP is best, as in the released code; of equal ones, the earliest.
-    is_best = (
-        args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
-    )
-    if is_best:
-        training.best = result
-    training.evaluated, training.latest = epoch, metrics
-    values = {"rank-1": metrics.cmc[0], "rank-10": metrics.cmc[9], "mAP": metrics.mAP, "mINP": metrics.mINP}
-    board.add_similarities(features, training.evaluation, epoch)
-    board.add_scalars(values, epoch)
-    if training.processes.rank == 0:
-        run.save(training.state(), is_best, SELECTION[args.select])
-    words = "  ".join(f"{name} {100 * value:.2f}" for name, value in values.items())
-    log.info("  %s: %s%s", training.protocol.title, words, "  (best so far)" if is_best else "")
-
-
-def fit(training: Training, run: Run) -> None:
-    """Train the remaining epochs: set the rate, rebuild the memory, train, save, evaluate, keep the best."""
-    args, processes, loader = training.args, training.processes, training.loader
-    board = Board(run.events if processes.rank == 0 else None, training.epoch)
-    if training.epoch == 0:
-        with contextlib.closing(loader.epoch(0)) as batches:  # for TensorBoard: augmented images
-            board.add_batch(next(batches)[0])
-    evaluate_if_due(training, run, board)  # with --epochs 0, or after a stop during an evaluation
-    for epoch in range(training.epoch, args.epochs):
-        rate = learning_rate(epoch, args.lr, args.warmup_epochs, args.decay_epochs)
-        for group in training.optimizer.param_groups:
-            group["lr"] = rate
-
-        began = time.perf_counter()
-        if args.loss == "mce":  # the baselines have no memory
-            rebuild_memory(training, epoch)
-        rebuilt = time.perf_counter()
-        try:
-            losses = train_one_epoch(training, loader.epoch(epoch), epoch)
-            # The running statistics differ between processes: evaluate and save those of process 0.
-            processes.broadcast(training.model.buffers())
-            refuse_non_finite_weights(training.model, epoch)
-        except NotFinite as error:
-            good = (
-                f"the last good checkpoint is {run.last}, after epoch {epoch}"
-                if epoch
-                else "no checkpoint was saved"
-            )
-            raise NotFinite(f"{error}; {good}") from error
-        seconds = time.perf_counter() - rebuilt
-
-        terms = training.loss.weights
-        means = dict(zip(("loss", *terms), losses.mean(0).tolist(), strict=True))
-        speed = training.images_per_step * len(losses) / seconds
-        waiting = loader.wait_seconds / seconds
-        scalars = {f"loss/{name}": value for name, value in means.items()}
-        scalars |= {"rate": rate, "images per second": speed, "share of waiting for input": waiting}
-
-        # TensorBoard first: what a continued run repeats replaces what was there. Then the checkpoint, and
-        # only then the log's line, so that a run that is killed and continued logs no epoch twice.
-        training.epoch = epoch + 1
-        board.add_scalars(scalars, training.epoch)
-        if processes.rank == 0:
-            run.save(training.state())
-        log.info(
-            "epoch %d/%d: loss %.3f (%s), rate %.2e; memory %.1f s, steps %.1f s, %.0f images/s, "
-            "waiting for input %.1f %%",
-            epoch + 1, args.epochs, means["loss"], ", ".join(f"{name} {means[name]:.3f}" for name in terms),
-            rate, rebuilt - began, seconds, speed, 100 * waiting,
-        )  # fmt: skip
-        evaluate_if_due(training, run, board)
-    board.close()
-    if training.best:
-        epoch, mAP = training.best["epoch"], 100 * training.best["mAP"]
-        log.info("best: %s, epoch %d, mAP %.2f", run.best, epoch, mAP)
-    log.info("finished: %s", run.last)
-
-
-def train_run(args: argparse.Namespace, run: Run, checkpoint: dict | None, processes: Processes) -> None:
-    """Train one run to its last epoch, or, with --check, only try whether that would work.
-
-    Args:
-        args: the run's settings.
-        run: the run's files.
-        checkpoint: where to continue; None: from the start.
-        processes: the processes of the run; only process 0 writes files.
-
-    Raises:
-        UserError: the run exists already, another process trains it, a file cannot be written, or the GPU has
-            too little memory.
-    """
-    first = processes.rank == 0
-    if first:
-        run.refuse_unwritable()
-        if not args.check:
-            run.acquire()
-    try:
-        if (
-            checkpoint
-            and checkpoint["epoch"] >= args.epochs
-            and checkpoint["evaluated"] == checkpoint["epoch"]
-        ):
-            log.info("%s is finished: %d epochs", run.last, checkpoint["epoch"])
-            if args.data_path != (began := checkpoint["args"].get("data_path")):  # moved, or another dataset
-                log.warning("it was trained on what was in %s", began or Path("data", args.dataset))
-            return
-        if checkpoint is None and first and not args.overwrite:
-            run.refuse_to_overwrite(args.epochs)
-        training = build_training(args, checkpoint, processes)
-        if first and not args.check:
-            if checkpoint is None:
-                run.remove()
-            run.open_log()
-            if training.best and not run.best.exists():  # renamed, or moved without it
-                log.warning("%s is missing: epoch %d, the best so far", run.best, training.best["epoch"])
-        for line in [*environment(), *training.describe(), f"run: {run.last}"]:
-            log.info("%s", line)
-        if args.check:
-            check(training)
-        else:
-            fit(training, run)
-    except torch.OutOfMemoryError as error:
-        sizes = f"--batch-size {args.batch_size} --num-pos {args.num_pos} or --test-batch {args.test_batch}"
-        raise UserError(f"the GPU's memory is too small for {sizes} at {args.img_h}x{args.img_w}") from error
-    except OSError as error:
-        raise UserError(f"{error.filename or run.events}: {error.strerror or error}") from error
-    finally:
-        if first:
-            run.release()
-
-
-def check(training: Training) -> None:
+def check(training: Training, evaluation: Evaluation) -> None:
     """Try a few steps and one evaluation batch and log their time and memory; writes no files."""
     bank, loader, device = training.bank, training.loader, training.device
-    bank.reset({modality: torch.randn_like(bank.shared.proxies) for modality in loader.modalities})
+    classes, dim = loader.batches.classes, training.model.dim
+    bank.reset({modality: torch.randn(classes, dim, device=device) for modality in loader.modalities})
     seconds = []
     for step in islice(loader.epoch(0), 3):
         began = time.perf_counter()
         losses = train_one_epoch(training, [step], 0)
         seconds.append(time.perf_counter() - began)
     log.info("one step: loss %.3f, %.3f s; the first %.1f s", losses[0, 0], min(seconds), seconds[0])
-    images = torch.from_numpy(training.evaluation.pixels["infrared"][: training.args.test_batch])
+    images = torch.from_numpy(evaluation.pixels["infrared"][: training.args.test_batch])
     normalized = normalize(images.to(device))
     features = extract_features(training.model.eval(), [normalized], "infrared", training.dtype)
     log.info("one evaluation batch: %d images, %d features each", *features.shape)
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        log.info("GPU memory: at most %.1f of %.1f GB", torch.cuda.max_memory_reserved() / 1e9, total / 1e9)
-    with contextlib.suppress(ImportError):  # Windows has no such module
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        log.info("memory of this process: at most %.1f GB", peak / 1e9)
-    log.info("memory bank: %.0f MB", 8 * bank.shared.proxies.nbytes / 1e6)
+    for name, gigabytes in peak_memory(device).items():
+        log.info("memory of the %s: at most %.1f GB", name, gigabytes)
+    if bank.modalities:
+        log.info("memory bank: %.0f MB", 8 * bank.shared.proxies.nbytes / 1e6)
     state = sum(value.nbytes for value in training.model.state_dict().values()) / 1e6
     log.info("checkpoints: about %.0f MB", 4 * state)  # _best.t, and _last.t with Adam's two moments
     log.info("check passed: no checkpoint and no log was written")
-
-
-def main(command: list[str]) -> int | None:
-    """Train the run or runs of a command line; return 143 after SIGTERM and 130 after Ctrl-C."""
-    args = get_args_parser().parse_args(command)
-    processes = Processes()
-    log_to_terminal(quiet=processes.rank > 0)
-    if processes.world_size > 1 and args.gpu is not None and args.gpu >= 0:
-        raise UserError(
-            f"--gpu {args.gpu}: leave it out with torchrun: each process takes the GPU of its local rank"
-        )
-    if args.trial == "all" and args.resume not in (None, "auto"):
-        raise UserError(
-            f"--resume {args.resume}: a file is one trial's run; --resume auto goes with --trial all"
-        )
-    commands, run = [command], None
-    if args.trial == "all":
-        commands = [[*command, "--trial", str(trial)] for trial in DATASETS[args.dataset].trials]
-    try:
-        if args.trial == "all" and not args.resume and not args.check:
-            if args.overwrite:
-                if processes.rank == 0:
-                    for words in commands:  # all now: a trial that an earlier run left would count as done
-                        _, run, _ = open_run(words)
-                        run.acquire()
-                        run.remove()
-                        run.release()
-                if processes.world_size > 1:  # until then the others would find runs to continue
-                    processes.start(select_device(args.gpu))
-                    processes.barrier()
-            commands = [[*(w for w in words if w != "--overwrite"), "--resume", "auto"] for words in commands]
-        for words in commands:
-            run_args, run, checkpoint = open_run(words)
-            if args.trial == "all":
-                log.info("RegDB, trial %s of 10", run_args.trial)
-            train_run(run_args, run, checkpoint, processes)
-    except (KeyboardInterrupt, SystemExit) as stop:
-        # Every finished epoch is saved already. The next Ctrl-C ends the process at once.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # An old run that is still there, because the new one has not begun, is still to be replaced.
-        replaced = args.trial == "all" or (run is not None and run.begun)
-        words = [word for word in sys.argv if word != "--overwrite" or not replaced]
-        words += [] if args.resume or "--overwrite" in words else ["--resume", "auto"]
-        launcher = ["torchrun", "--nproc_per_node", str(processes.world_size)]
-        words = [*(launcher if processes.world_size > 1 else ["python"]), *words]
-        log.info("stopped; to continue: %s", shlex.join(words))
-        return 130 if isinstance(stop, KeyboardInterrupt) else stop.code
-    except RuntimeError as error:
-        if processes.world_size > 1 and "by peer" in str(error):  # connection closed or reset
-            raise UserError("another process has failed: see its error message") from error
-        raise
-    processes.stop()
-    return None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import TextIO
 
 log = logging.getLogger("mce")
 
+LOG_FORMAT = "%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"  # of the lines of a run, 20 characters of clock
+
 MODALITIES = ("visible", "infrared", "aux")  # the order of a batch's rows in memory and loss
 
 
@@ -45,10 +47,10 @@ def run_script(
         signal.signal(signal.SIGTERM, previous)
 
 
-def log_to_terminal(quiet: bool = False, stream: TextIO | None = None) -> None:
-    """Write the log to stream (default: standard output) without prefixes; quiet: only warnings."""
+def log_to_terminal(quiet: bool = False, stream: TextIO | None = None, clock: bool = False) -> None:
+    """Write the log to stream (default: standard output); quiet: only warnings; clock: with date and time."""
     handler = logging.StreamHandler(stream or sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(logging.Formatter(*LOG_FORMAT if clock else ("%(message)s",)))
     log.handlers[:] = [handler]
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False
@@ -120,6 +122,24 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         """Raise UserError, which run_script prints."""
         raise UserError(f"{message} (--help lists the flags)")
+
+
+def refuse_missing_checkpoints() -> None:
+    """Exit with 2 if a file of --resume or --weights is missing: for scripts, before they import torch.
+
+    The import takes half a minute from a slow disk. All else about the flags is left to the script's parser.
+    """
+    parser = Parser(add_help=False)
+    for flag in ("--resume", "--weights"):
+        parser.add_argument(flag, nargs="*", default=[])
+    parser.add_argument("--model-path", default="save_model")  # test.py looks there too
+    with contextlib.suppress(UserError):
+        args, others = parser.parse_known_args()
+        for name in {*args.resume, *args.weights} - {"auto", "imagenet", "none"}:
+            found = "{trial}" in name or Path(name).exists() or Path(args.model_path, name).exists()
+            if not found and not {"-h", "--help"} & set(others):
+                print(f"{Path(sys.argv[0]).name}: error: no file at {name}", file=sys.stderr)
+                sys.exit(2)
 
 
 def at_least(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:

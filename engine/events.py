@@ -46,31 +46,40 @@ class Board:
             except ImportError:
                 log.warning("no TensorBoard curves: the package tensorboard is not installed")
 
-    def add_scalars(self, scalars: Mapping[str, float], epoch: int) -> None:
-        """Add {name: value} of an epoch, and write everything to disk."""
-        if self.writer:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, epoch)
-            self.writer.flush()
+    def add_epoch(self, record: Mapping) -> None:
+        """Add the losses, the rate and the speed of an epoch's record, and write everything to disk."""
+        seconds = record["seconds"]
+        scalars = {f"loss/{name}": value for name, value in record["loss"].items()}
+        scalars |= {"rate": record["rate"], "images per second": record["images_per_second"]}
+        scalars |= {"share of waiting for input": seconds["waiting"] / seconds["steps"]}
+        self._add_scalars(scalars, record["epoch"])
 
     def add_batch(self, images: Mapping[str, torch.Tensor]) -> None:
         """Show a training batch, see augmentation_grid."""
         if self.writer:
             self.writer.add_image(f"augmented: {', '.join(ROWS)}", augmentation_grid(images), 0)
 
-    def add_similarities(self, features: Features, evaluation: Evaluation, epoch: int) -> None:
-        """Add histograms of similarity within and between identities, by modalities; their overlap and error.
+    def add_evaluation(self, record: Mapping, features: Features, evaluation: Evaluation) -> None:
+        """Add the metrics of an epoch's record, and how similar images are, and write everything to disk.
 
+        Histograms of similarity within and between identities, by modalities; their overlap and error.
         features: those of every image of evaluation. Pairs are sampled: it takes a fraction of a second.
         """
         if not self.writer:
             return
+        epoch, scalars = record["epoch"], dict(record["evaluation"]["metrics"])
         pids = {modality: samples.pids for modality, samples in images_of(evaluation).items()}
         for name, pair in sample_similarities(features, pids).items():
             self.writer.add_histogram(f"similarity, {name}/within identities", pair.within, epoch)
             self.writer.add_histogram(f"similarity, {name}/between identities", pair.between, epoch)
-            self.writer.add_scalar(f"overlap/{name}", overlap(pair), epoch)
-            self.writer.add_scalar(f"equal-error rate/{name}", equal_error_rate(pair), epoch)
+            scalars |= {f"overlap/{name}": overlap(pair), f"equal-error rate/{name}": equal_error_rate(pair)}
+        self._add_scalars(scalars, epoch)
+
+    def _add_scalars(self, scalars: Mapping[str, float], epoch: int) -> None:
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, epoch)
+            self.writer.flush()
 
     def close(self) -> None:
         """Write the last events and close the file."""

@@ -1,10 +1,15 @@
-"""The files of a training run: its name, lock, log, TensorBoard events and checkpoints.
+"""The files of a training run: its name, lock, checkpoints, log, the log's numbers, and TensorBoard events.
 
-<model_path>/<run>_best.t and <run>_last.t, <log_path>/<dataset>_log/<run>.log, <log_path>/vis_log/<run>/.
+<model_path>/<run>_best.t and <run>_last.t; <log_path>/<dataset>_log/<run>.log and <run>.jsonl;
+<log_path>/vis_log/<run>/. The history of a run, a list with a record of each epoch, is part of `_last.t`.
+The JSON lines are written anew from it after each checkpoint, and when a run is continued: so they hold each
+epoch once, wherever the run was killed.
 """
 
 import contextlib
+import datetime
 import hashlib
+import json
 import logging
 import os
 import re
@@ -18,7 +23,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from checkpoints import load_checkpoint, save_checkpoint
-from utils import UserError, log, refuse_unwritable, versions
+from utils import LOG_FORMAT, UserError, log, refuse_unwritable, versions, whole_file
 
 # Settings that may change when a run is resumed; all others are fixed by its checkpoint.
 MAY_CHANGE = {
@@ -72,10 +77,12 @@ class Run:
         self.name = re.sub(r"[^\w.+-]+", "-", name) + (f"_trial_{trial}" if trial is not None else "")
         self.best = Path(model_path) / f"{self.name}_best.t"
         self.last = Path(model_path) / f"{self.name}_last.t"
-        self.log = Path(log_path) / f"{dataset}_log" / f"{self.name}.log"
+        self.log = Path(log_path, f"{dataset}_log", f"{self.name}.log")
+        self.history = self.log.with_suffix(".jsonl")
         self.events = Path(log_path) / "vis_log" / self.name
         self._lock = FileLock(self.last.parent / f".{self.name}.lock")
         self._handler: logging.Handler | None = None
+        self._logged: set[str] = set()  # lines about epochs that the log has
         self.begun = False  # whether this process has opened the run's log
 
     def refuse_unwritable(self) -> None:
@@ -126,22 +133,37 @@ class Run:
 
     def remove(self) -> None:
         """Delete what an earlier run of this name left."""
-        for path in (self.best, self.last, self.log):
+        for path in (self.best, self.last, self.log, self.history):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.events, ignore_errors=True)
 
-    def open_log(self) -> None:
-        """Write all log messages to the run's log file too."""
+    def open_log(self, header: Mapping[str, str]) -> None:
+        """Write a header {what: words} to the run's log file, and from now on all log messages."""
         self.begun = True
         self._handler = LogFile(self.log, encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._handler.setFormatter(logging.Formatter(*LOG_FORMAT))
+        self._logged = {line[20:] for line in self.log.read_text("utf-8", "replace").splitlines()}
+        for name, words in header.items():
+            self._handler.handle(log.makeRecord(log.name, logging.INFO, "", 0, "%s: %s", (name, words), None))
         log.addHandler(self._handler)
 
+    def publish(self, history: list[dict]) -> None:
+        """Write the JSON lines, and log what the log does not have yet of the last epoch.
+
+        Call it when a run is continued; save does. Raises UserError: a file cannot be written.
+        """
+        with whole_file(self.history) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
+        for line in lines_of(history[-1]) if history else ():
+            if line not in self._logged:
+                log.info("%s", line)
+                self._logged.add(line)
+
     def save(self, checkpoint: dict, is_best: bool = False, selection: str = "") -> None:
-        """Write `_last.t`, and before it `_best.t` if this epoch is the best so far.
+        """Write `_last.t`, before it `_best.t` if this epoch is the best so far; then publish the history.
 
         Args:
-            checkpoint: Training.state().
+            checkpoint: Training.state() and Progress.state().
             is_best: write `_best.t` too, without what only training needs.
             selection: how the best epoch is chosen, recorded in `_best.t`.
 
@@ -149,20 +171,42 @@ class Run:
             UserError: a file cannot be written.
         """
         if is_best:
-            training = ("loss", "optimizer", "scaler")
+            training = ("loss", "optimizer", "scaler", "history")
             best = {key: value for key, value in checkpoint.items() if key not in training}
             save_checkpoint(best | {"selection": selection}, self.best)
         save_checkpoint(checkpoint, self.last)
+        self.publish(checkpoint["history"])
 
 
-def environment() -> list[str]:
-    """What a result depends on besides the settings: command, versions, source revision."""
+def lines_of(record: Mapping) -> list[str]:
+    """What the log says of an epoch: of its training, and of its evaluation, where there was one."""
+    lines = []
+    if "loss" in record:
+        total, *terms = ((name, f"{value:.3f}") for name, value in record["loss"].items())
+        seconds = record["seconds"]
+        waiting = 100 * seconds["waiting"] / seconds["steps"]
+        left = datetime.timedelta(seconds=round(seconds["left"]))
+        lines.append(
+            f"epoch {record['epoch']}/{record['epochs']}: "
+            f"loss {total[1]} ({', '.join(map(' '.join, terms))}), rate {record['rate']:.2e}; "
+            f"memory {seconds['memory']:.1f} s, steps {seconds['steps']:.1f} s, "
+            f"{record['images_per_second']:.0f} images/s, waiting for input {waiting:.1f} %; {left} left"
+        )
+    if evaluation := record.get("evaluation"):
+        words = "  ".join(f"{name} {100 * value:.2f}" for name, value in evaluation["metrics"].items())
+        best = "  (best so far)" if evaluation["best"] else ""
+        lines.append(f"  {evaluation['protocol']}, after epoch {record['epoch']}: {words}{best}")
+    return lines
+
+
+def environment() -> dict[str, str]:
+    """What a result depends on besides the settings: command; versions and source revision."""
     revision = "unknown"
     if shutil.which("git"):
         command = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty"]
         git = subprocess.run(command, capture_output=True, text=True, check=False)
         revision = git.stdout.strip() or revision
-    return [
-        f"command: {shlex.join(['python', *sys.argv])}",
-        f"versions: {', '.join(map(' '.join, versions().items()))}; source {revision}",
-    ]
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": f"{', '.join(map(' '.join, versions().items()))}; source {revision}",
+    }

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -28,7 +27,7 @@ def get_args_parser() -> Parser:
         description="Train memory-based contrastive embedding. Defaults are in brackets.",
         parents=[data_flags(), device_flags()],
     )
-    data = next(group for group in parser._action_groups if group.title == "data")
+    data = parser.add_argument_group("dataset")
     data.add_argument("--dataset", choices=DATASETS, default="sysu", help="which dataset (sysu)")
     data.add_argument("--array-path", metavar="DIR", help="training arrays (the dataset's folder)")
     data.add_argument(
@@ -201,80 +200,95 @@ def dataset_defaults(name: str) -> dict[str, object]:
     }
 
 
-def parse_args(
-    argv: Sequence[str] | None = None,
+def typed_settings(command: Sequence[str]) -> dict[str, object]:
+    """The settings that the words of a command line set, and the words themselves, as `command`."""
+    parser, absent = get_args_parser(), object()
+    # argparse gives a default only to what the namespace does not have yet.
+    nothing = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), absent))
+    typed = vars(parser.parse_args(command, nothing))
+    return {key: value for key, value in typed.items() if value is not absent} | {"command": list(command)}
+
+
+def parse_args(command: Sequence[str]) -> argparse.Namespace:
+    """The settings of a new run. Raises UserError: see settings_of."""
+    return settings_of(typed_settings(command))
+
+
+def settings_of(
+    typed: Mapping[str, object],
     saved: Mapping[str, object] | None = None,
     path: str | os.PathLike | None = None,
 ) -> argparse.Namespace:
-    """The settings of a run: the dataset's, replaced by a checkpoint's, replaced by the command line's.
+    """The settings of a run: defaults, replaced by the dataset's, a checkpoint's, and those that were typed.
 
     Args:
-        argv: the words of the command line, kept as `command` in the result; None: sys.argv.
+        typed: see typed_settings.
         saved: settings of the run to resume, see settings_to_resume.
         path: the checkpoint that holds them, for messages.
 
     Raises:
-        UserError: a wrong flag, or a flag that contradicts the run to resume.
+        UserError: settings that do not fit together, or that contradict the run to resume.
     """
-    argv, saved = list(sys.argv[1:] if argv is None else argv), dict(saved or {})
-    parser = get_args_parser()
-    parser.set_defaults(**saved)
-    dataset = parser.parse_args(argv).dataset
-    parser.set_defaults(**dataset_defaults(dataset) | saved)
-    args = parser.parse_args(argv)
-    for key in saved.keys() - MAY_CHANGE:
-        if (typed := vars(args)[key]) != saved[key]:
+    saved = saved or {}
+    for key in saved.keys() & typed.keys() - MAY_CHANGE:
+        if typed[key] != saved[key]:
             flag = "--" + key.replace("_", "-")
-            raise UserError(f"{flag} {typed} contradicts {path}, whose run has {saved[key]}")
-    facts = DATASETS[dataset]
-    if args.mode not in facts.modes:
-        parser.error(f"argument --mode: {args.mode} is not one of {', '.join(facts.modes)}")
-    if args.decay_epochs[0] > args.decay_epochs[1]:
-        parser.error(f"argument --decay-epochs: {args.decay_epochs[1]} comes before {args.decay_epochs[0]}")
-    if args.trial is not None and dataset != "regdb":
-        parser.error(f"argument --trial: {facts.title} has one training split; only RegDB has ten")
-    if args.test_identities is not None and dataset != "folder":
-        parser.error(f"argument --test-identities: {facts.title} already has a split")
-    if args.select == "val" and dataset != "sysu":
-        parser.error("argument --select: only SYSU-MM01 has val ids")
-    loss_weights(args)
-    if args.loss != "mce":
-        for key in ("temperature", "momentum", "shared_momentum", "update", "proxies"):
-            if vars(args)[key] != parser.get_default(key):
-                parser.error(f"argument --{key.replace('_', '-')}: --loss {args.loss} has no memory")
-    if args.loss == "weighted-triplet" and args.margin != parser.get_default("margin"):
-        parser.error("argument --margin: --loss weighted-triplet has none")
+            raise UserError(f"{flag} {typed[key]} contradicts {path}, whose run has {saved[key]}")
+    defaults = vars(get_args_parser().parse_args([]))
+    dataset = (defaults | saved | typed)["dataset"]
+    defaults |= dataset_defaults(dataset)
+    args = argparse.Namespace(**defaults | saved | typed)
+    refuse_contradictions(args, defaults)
     if args.name is None:
-        args.name = run_name(vars(args), vars(parser.parse_args([])))
-    args.command = argv
+        args.name = run_name(vars(args), defaults)
     return args
 
 
+def refuse_contradictions(args: argparse.Namespace, defaults: Mapping[str, object]) -> None:
+    """Raise UserError for settings that do not fit together."""
+    facts = DATASETS[args.dataset]
+    if args.mode not in facts.modes:
+        raise UserError(f"--mode {args.mode}: {facts.title} has only {', '.join(facts.modes)}")
+    if args.decay_epochs[0] > args.decay_epochs[1]:
+        raise UserError(f"--decay-epochs: {args.decay_epochs[1]} comes before {args.decay_epochs[0]}")
+    if args.trial is not None and args.dataset != "regdb":
+        raise UserError(f"--trial: {facts.title} has one training split; only RegDB has ten")
+    if args.test_identities is not None and args.dataset != "folder":
+        raise UserError(f"--test-identities: {facts.title} already has a split")
+    if args.select == "val" and args.dataset != "sysu":
+        raise UserError("--select val: only SYSU-MM01 has val ids")
+    loss_weights(args)
+    if args.loss != "mce":
+        for key in ("temperature", "momentum", "shared_momentum", "update", "proxies"):
+            if vars(args)[key] != defaults[key]:
+                raise UserError(f"--{key.replace('_', '-')}: --loss {args.loss} has no memory")
+    if args.loss == "weighted-triplet" and args.margin != defaults["margin"]:
+        raise UserError("--margin: --loss weighted-triplet has none")
+
+
 def settings_to_resume(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
-    """The settings {dest: value} of the run to resume, checked as if they came from a command line.
+    """The settings of the run to resume, checked as if they came from a command line.
 
     Raises:
         UserError: a setting that the command line would refuse; the message names path.
     """
-    settings = checkpoint.get("args")
+    settings, parser, words = checkpoint.get("args"), get_args_parser(), []
     if not isinstance(settings, dict):
         return {}
-    parser, words, kept = get_args_parser(), [], set()
-    for action in parser._actions:
-        value = settings.get(action.dest)
-        if action.dest in settings:
-            kept.add(action.dest)
+    known = settings.keys() & vars(parser.parse_args([])).keys()
+    for key in sorted(known):
+        flag, value = "--" + key.replace("_", "-"), settings[key]
         if isinstance(value, list):
-            words += [action.option_strings[0], *map(plain_number, value)]
-        elif value is True and action.const is True:
-            words.append(action.option_strings[0])
+            words += [flag, *map(plain_number, value)]
+        elif value is True:
+            words.append(flag)
         elif value is not None and value is not False:
-            words.append(f"{action.option_strings[0]}={value}")
+            words.append(f"{flag}={value}")
     try:
         checked = vars(parser.parse_args(words))
     except UserError as error:
         raise UserError(f"{path}: invalid settings: {error}") from error
-    return {key: checked[key] for key in kept}
+    return {key: checked[key] for key in known}
 
 
 def plain_number(value: object) -> str:
@@ -282,35 +296,38 @@ def plain_number(value: object) -> str:
     return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
 
 
-def open_run(argv: Sequence[str]) -> tuple[argparse.Namespace, Run, dict | None]:
+def open_run(typed: Mapping[str, object]) -> tuple[argparse.Namespace, Run, dict | None]:
     """Find the run of a command line: its settings, its files and its checkpoint (None: start from scratch).
 
     --resume FILE resumes the run of that checkpoint, in its folder. --resume auto resumes the run with these
     settings, if it has a checkpoint.
 
+    Args:
+        typed: see typed_settings.
+
     Raises:
-        UserError: see parse_args; or a checkpoint that cannot be resumed.
+        UserError: see settings_of; or a checkpoint that cannot be resumed.
     """
 
     def run_of(args: argparse.Namespace) -> Run:
         return Run(args.name, args.dataset, args.model_path, args.log_path, args.trial)
 
-    typed = get_args_parser().parse_args(argv)
-    if typed.resume and typed.overwrite:
+    resume = typed.get("resume")
+    if resume and "overwrite" in typed:
         raise UserError("--resume continues a run, --overwrite replaces it: give only one of them")
-    if typed.resume in (None, "auto"):
-        args = parse_args(argv)
+    if resume in (None, "auto"):
+        args = settings_of(typed)
         path = run_of(args).last
-        if typed.resume is None or not path.exists():
+        if resume is None or not path.exists():
             return args, run_of(args), None
         places = {"model_path": args.model_path, "log_path": args.log_path}
     else:
-        path = Path(typed.resume)
+        path = Path(resume)
         places = {"model_path": str(path.parent)}
     checkpoint = load_checkpoint(path)
     saved = settings_to_resume(checkpoint, path)
     state = checkpoint.keys() >= STATE and isinstance(checkpoint["epoch"], int)
     if not state or not saved.keys() >= {"dataset", "name"}:
         raise UserError(f"--resume {path}: no training state in this file: resume from a run's _last.t")
-    args = parse_args(argv, saved | places, path)
+    args = settings_of(typed, saved | places, path)
     return args, run_of(args), checkpoint

@@ -1,7 +1,7 @@
-"""Build everything a run trains with: data, network, memory bank, optimiser and evaluation."""
+"""What a run trains with and how far it is: data, network, memory bank, loss, optimiser; progress."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,11 @@ from engine.settings import loss_weights
 from eval_metrics import Metrics
 from evaluation.protocols import Evaluation, Protocol
 from loss import MCE, Baseline
-from memory import MemoryBank
+from memory import MemoryBank, NoMemory
 from model import TwoStreamResNet, load_strictly
-from readers.arrays import TrainingImages, open_training_arrays, training_arrays
+from readers.arrays import TrainingArrays, TrainingImages, open_training_arrays, training_arrays
 from readers.own import draw_split
-from utils import (
-    MODALITIES,
-    UserError,
-    log,
-)
+from utils import MODALITIES, UserError, log
 
 SELECTION = {
     "test": "the epoch with the highest mAP on the test split, as in the literature: optimistic",
@@ -35,27 +31,70 @@ SELECTION = {
 
 
 @dataclass
-class Training:
-    """Everything a run trains with, and its progress."""
+class Progress:
+    """How far a run is, and what it has found: what a checkpoint records besides the state of Training."""
 
-    args: argparse.Namespace
-    processes: Processes
-    device: torch.device
-    dtype: torch.dtype | None  # autocast's; None: float32
-    loader: TrainLoader
-    model: TwoStreamResNet  # the network that is evaluated and saved
-    network: nn.Module  # model as a step calls it: wrapped for several processes, compiled
-    bank: MemoryBank
-    loss: nn.Module  # MCE, or a baseline with its classifier
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    evaluation: Evaluation
-    protocol: Protocol
-    data: str  # a line that describes the training data
     epoch: int = 0  # completed epochs
     evaluated: int = -1  # the value of epoch at the last evaluation; -1: none yet
     best: dict | None = None  # {"epoch", "rank1", "mAP", "mINP"} of the best evaluation
     latest: Metrics | None = None  # metrics of the last evaluation
+    history: list[dict] = field(default_factory=list)  # a record of each epoch, see record
+    made_with: dict[str, str] = field(default_factory=dict)  # command, versions, … of this process
+
+    def record(self) -> dict:
+        """The last epoch's record, begun if need be; what the log, its JSON lines and TensorBoard tell."""
+        if not self.history or self.history[-1]["epoch"] != self.epoch:
+            self.history.append({"epoch": self.epoch, "made_with": self.made_with})
+        return self.history[-1]
+
+    @property
+    def result(self) -> dict[str, float]:
+        """{"rank1", "mAP", "mINP"} of the best evaluation, or of the last where none is chosen."""
+        if self.best:
+            return {name: self.best[name] for name in ("rank1", "mAP", "mINP")}
+        return {"rank1": float(self.latest.cmc[0]), "mAP": self.latest.mAP, "mINP": self.latest.mINP}
+
+    def state(self) -> dict:
+        """For the checkpoint. cmc, mAP and mINP are from the last evaluation."""
+        latest = self.latest
+        return {
+            "epoch": self.epoch,
+            "evaluated": self.evaluated,
+            "best": self.best,
+            "cmc": latest and latest.cmc.tolist(),
+            "mAP": latest and latest.mAP,
+            "mINP": latest and latest.mINP,
+            "history": self.history,
+        }
+
+    @classmethod
+    def of(cls, checkpoint: dict | None) -> "Progress":
+        """Of a checkpoint, or None at the start. Checkpoints of earlier versions have no history."""
+        if checkpoint is None:
+            return cls()
+        latest = None
+        if checkpoint["cmc"]:
+            latest = Metrics(np.array(checkpoint["cmc"]), checkpoint["mAP"], checkpoint["mINP"])
+        known = (checkpoint[key] for key in ("epoch", "evaluated", "best"))
+        return cls(*known, latest, list(checkpoint.get("history", ())))
+
+
+@dataclass
+class Training:
+    """What the steps of a run train with."""
+
+    args: argparse.Namespace  # the run's settings, as its checkpoint records them
+    processes: Processes
+    device: torch.device
+    dtype: torch.dtype | None  # autocast's; None: float32
+    loader: TrainLoader
+    data: str  # a line that describes the training data
+    model: TwoStreamResNet  # the network that is evaluated and saved
+    network: nn.Module  # model as a step calls it: wrapped for several processes, compiled
+    bank: MemoryBank | NoMemory
+    loss: nn.Module  # MCE, or a baseline with its classifier
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
 
     @property
     def images_per_step(self) -> int:
@@ -64,28 +103,21 @@ class Training:
         return own * self.processes.world_size
 
     def state(self) -> dict:
-        """The checkpoint. cmc, mAP and mINP are from the last evaluation."""
-        latest = self.latest
+        """For the checkpoint, with Progress.state."""
         return {
             "net": self.model.state_dict(),
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "evaluated": self.evaluated,
             "args": vars(self.args),
-            "cmc": latest and latest.cmc.tolist(),
-            "mAP": latest and latest.mAP,
-            "mINP": latest and latest.mINP,
-            "best": self.best,
             "selection": "the run's last checkpoint",
-            "protocol": self.protocol.title,
+            "protocol": protocol_of(self.args).title,
             "data": self.data,
             "world_size": self.processes.world_size,
         }
 
-    def describe(self) -> list[str]:
-        """Describe the run in a few lines, for its log."""
+    def describe(self) -> dict[str, str]:
+        """Describe the run in a few lines, for its log: {what: words}."""
         args, device = self.args, self.device
         name = f"{torch.get_num_threads()} threads"
         if device.type == "cuda":
@@ -94,20 +126,20 @@ class Training:
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         settings = (f"{key} {value}" for key, value in sorted(vars(args).items()) if key != "command")
         modalities = len(self.loader.modalities)
-        return [
-            f"settings: {', '.join(settings)}",
-            self.data,
-            f"input: border {args.pad}; pixels on the {self.loader.cache}",
-            f"network: {args.arch}, {args.stem} stem, {millions:.1f} million weights, from {args.weights}",
-            f"device: {device.type} ({name}), {precision}, {self.processes.world_size} process(es)",
-            f"a step: {args.batch_size} identities x {args.num_pos} images x {modalities} in each process; "
+        return {
+            "settings": ", ".join(settings),
+            "training data": self.data.removeprefix("training data: "),
+            "input": f"border {args.pad}; pixels on the {self.loader.cache}",
+            "network": f"{args.arch}, {args.stem} stem, {millions:.1f} million weights, from {args.weights}",
+            "device": f"{device.type} ({name}), {precision}, {self.processes.world_size} process(es)",
+            "a step": f"{args.batch_size} identities x {args.num_pos} images x {modalities} in each process; "
             f"an epoch: {len(self.loader.batches)} steps",
-            f"evaluation: {self.protocol.title}; the result: {SELECTION[args.select]}",
-        ]
+            "evaluation": f"{protocol_of(args).title}; the result: {SELECTION[args.select]}",
+        }
 
 
 def build_training(args: argparse.Namespace, checkpoint: dict | None, processes: Processes) -> Training:
-    """Build everything a run trains with, and seed this process.
+    """Build what the steps of a run train with, or restore it from a checkpoint; seeds this process.
 
     Args:
         args: the run's settings.
@@ -122,17 +154,7 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
     processes.start(device)
     seed_globally(args.seed, args.deterministic)
 
-    root = data_manager.dataset_root(args.dataset, args.data_path)
-    if args.test_identities is not None:
-        if processes.rank == 0:
-            draw_split(root, args.test_identities, args.seed)
-        processes.barrier()
-    protocol = Protocol(args.dataset, args.mode, split="val" if args.select == "val" else "test")
-    trials = [int(args.trial)] if args.trial else DATASETS[args.dataset].trials
-    evaluation = Evaluation(root, [protocol], trials, args.img_h, args.img_w)
-    loader, data = build_loader(args, root, device, processes)
-    evaluation.pixel_range = args.pixel_range  # as the training images are decoded
-
+    args, loader, data = build_loader(args, device, processes)
     weights = None if args.weights == "none" or checkpoint else args.weights
     model = TwoStreamResNet(args.arch, args.stem, weights)
     if checkpoint:
@@ -142,13 +164,14 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
     if processes.world_size > 1:
         network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
         network.broadcast_buffers = False  # a step reads no buffers; train.py broadcasts them once per epoch
-    bank, loss = build_loss(args, loader.batches.classes, model.dim, device)
+    bank, loss = build_loss(args, loader, model.dim, device)
     training = Training(
         args=args,
         processes=processes,
         device=device,
         dtype=dtype,
         loader=loader,
+        data=data,
         model=model,
         network=torch.compile(network) if args.compile else network,
         bank=bank,
@@ -157,53 +180,76 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
             [*model.parameters(), *loss.parameters()], args.lr, weight_decay=5e-4, fused=True
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        evaluation=evaluation,
-        protocol=protocol,
-        data=data,
     )
     if checkpoint:
         restore(training, checkpoint)
-    evaluation.load(args.workers, processes)  # so that broken test images are found before training
     return training
 
 
+def protocol_of(args: argparse.Namespace) -> Protocol:
+    """The protocol that a run is evaluated with."""
+    return Protocol(args.dataset, args.mode, split="val" if args.select == "val" else "test")
+
+
+def build_evaluation(training: Training) -> Evaluation:
+    """The evaluation of a run, its images decoded: broken ones are found before the first step.
+
+    Raises:
+        UserError: see Evaluation; or an image that cannot be read.
+    """
+    args = training.args
+    root = data_manager.dataset_root(args.dataset, args.data_path)
+    trials = [int(args.trial)] if args.trial else DATASETS[args.dataset].trials
+    evaluation = Evaluation(
+        root, [protocol_of(args)], trials, args.img_h, args.img_w, pixel_range=args.pixel_range
+    )
+    evaluation.load(args.workers, training.processes)
+    return evaluation
+
+
 def build_loss(
-    args: argparse.Namespace, num_classes: int, dim: int, device: torch.device
-) -> tuple[MemoryBank, nn.Module]:
-    """Build the memory bank (the baselines do not use it) and the loss.
+    args: argparse.Namespace, loader: TrainLoader, dim: int, device: torch.device
+) -> tuple[MemoryBank | NoMemory, nn.Module]:
+    """Build the memory bank and the loss. A baseline has a classifier of its own, and no memory.
 
     Args:
         args: the run's settings.
-        num_classes: C, the number of training identities.
+        loader: whose identities and modalities the bank and the classifier are for.
         dim: D, the dimension of a feature.
         device: where both live.
     """
+    num_classes, weights = loader.batches.classes, loss_weights(args)
+    if args.loss != "mce":
+        return NoMemory(), Baseline(args.loss, num_classes, dim, weights, args.margin).to(device)
     bank = MemoryBank(
         num_classes, dim, args.temperature, args.shared_momentum, args.momentum, args.update == "hard", device
     )
-    weights = loss_weights(args)
-    if args.loss == "mce":
-        return bank, MCE(bank, weights, args.proxies, args.margin)
-    return bank, Baseline(args.loss, num_classes, dim, weights, args.margin).to(device)
+    return bank, MCE(bank, weights, args.proxies, args.margin)
 
 
 def build_loader(
-    args: argparse.Namespace, root: Path, device: torch.device, processes: Processes
-) -> tuple[TrainLoader, str]:
-    """Build the training input, and a line that describes the training data.
+    args: argparse.Namespace, device: torch.device, processes: Processes
+) -> tuple[argparse.Namespace, TrainLoader, str]:
+    """Build the training input.
 
     Args:
-        args: the run's settings; args.pixel_range is filled in, see load_training_data.
-        root: the dataset's folder.
+        args: the run's settings.
         device: where batches are made.
         processes: process 0 decodes the training images if needed; the others wait for it.
+
+    Returns:
+        The settings with the pixel range that was found, for the checkpoint and test.py; the input; and a
+        line that describes the training data.
 
     Raises:
         UserError: training images or arrays that cannot be used.
     """
+    root = data_manager.dataset_root(args.dataset, args.data_path)
     if processes.rank > 0:
-        processes.barrier()  # until process 0 has made the training arrays, if they are missing
-    images, labels, fingerprint = load_training_data(args, root)
+        processes.barrier()  # until process 0 has made what is missing: a split, the training arrays
+    elif args.test_identities is not None:
+        draw_split(root, args.test_identities, args.seed)
+    arrays, labels = load_training_data(args, root)
     if processes.rank == 0:
         processes.barrier()
     batches = IdentityBatches(
@@ -211,18 +257,20 @@ def build_loader(
     )
     recipe = DATASETS[args.dataset].recipe
     modalities = [modality for modality in MODALITIES if not (args.no_aux and modality == "aux")]
-    loader = TrainLoader(images, labels, batches, recipe, device, args.seed, args.cache, args.pad, modalities)
+    loader = TrainLoader(
+        arrays.images, labels, batches, recipe, device, args.seed, args.cache, args.pad, modalities
+    )
     counts = ", ".join(f"{(array >= 0).sum()} {modality}" for modality, array in labels.items())
-    size = f"{loader.height}x{loader.width}"
-    data = f"{batches.classes} identities, {counts} images of {size}, {fingerprint[:16]}"
-    return loader, f"training data: {data}"
+    size, digits = f"{loader.height}x{loader.width}", (arrays.fingerprint or "of unknown origin")[:16]
+    data = f"training data: {batches.classes} identities, {counts} images of {size}, {digits}"
+    pixel_range = arrays.pixel_range and list(arrays.pixel_range)
+    return argparse.Namespace(**vars(args) | {"pixel_range": pixel_range}), loader, data
 
 
-def load_training_data(args: argparse.Namespace, root: Path) -> tuple[dict, dict, str]:
-    """Load training images {modality: (N, H, W, 3) uint8}, labels {modality: (N,) int64} and a fingerprint.
+def load_training_data(args: argparse.Namespace, root: Path) -> tuple[TrainingArrays, dict[str, np.ndarray]]:
+    """Load the training arrays, and the labels {modality: (N,) int64} that this run trains with.
 
-    Label -1 marks an image of a val id, which --select val does not train on. args.pixel_range is set to the
-    range that the images were decoded with, so that the checkpoint records it for test.py.
+    Label -1 marks an image of a val id, which --select val does not train on.
     """
     samples = data_manager.train_samples(args.dataset, root, args.trial and int(args.trial))
     paths = {modality: samples[modality].paths for modality in samples}
@@ -236,9 +284,8 @@ def load_training_data(args: argparse.Namespace, root: Path) -> tuple[dict, dict
         arrays = training_arrays(
             folder, source, args.img_h, args.img_w, args.workers, prefix, args.pixel_range
         )
-    args.pixel_range = arrays.pixel_range and list(arrays.pixel_range)
     if args.select != "val":
-        return arrays.images, arrays.labels, arrays.fingerprint or "of unknown origin"
+        return arrays, arrays.labels
     if arrays.pids is None:
         raise UserError(
             f"--select val: {folder} does not record the ids of its training arrays: run pre_process_sysu.py"
@@ -249,11 +296,11 @@ def load_training_data(args: argparse.Namespace, root: Path) -> tuple[dict, dict
         modality: np.where(np.isin(array, kept), np.searchsorted(kept, array), -1)
         for modality, array in arrays.labels.items()
     }
-    return arrays.images, labels, arrays.fingerprint
+    return arrays, labels
 
 
 def restore(training: Training, checkpoint: dict) -> None:
-    """Restore the state of a run from its checkpoint; build_training has loaded the network."""
+    """Restore loss, optimiser and scaler from a checkpoint; build_training has loaded the network."""
     resume, processes = f"--resume {training.args.resume}", training.processes
     if (count := checkpoint["world_size"]) != processes.world_size:
         raise UserError(
@@ -274,7 +321,3 @@ def restore(training: Training, checkpoint: dict) -> None:
         if training.args.dataset == "folder" and counts != saved_counts:  # two folders, one run's name
             raise UserError(f"{resume}: its {saved_counts}; not {counts}: give the new run a --name")
         log.warning("the training data has changed; the run started with %s", checkpoint["data"])
-    training.epoch, training.evaluated = checkpoint["epoch"], checkpoint["evaluated"]
-    training.best = checkpoint["best"]
-    if checkpoint["cmc"]:
-        training.latest = Metrics(np.array(checkpoint["cmc"]), checkpoint["mAP"], checkpoint["mINP"])

@@ -16,7 +16,7 @@ from evaluation.similarity import Similarities, images_of, sample_similarities
 from images import read_image
 from model import TwoStreamResNet
 from reporting.figures import overlay
-from reporting.learning import Log
+from reporting.learning import History
 from reporting.views import activation_maps, embed
 from utils import UserError
 
@@ -34,7 +34,7 @@ class Evaluated:
     path: Path
     checkpoint: dict  # what it says of itself, without the weights
     saved: dict[str, object]
-    log: Log | None
+    history: History | None
     evaluation: Evaluation
     model: TwoStreamResNet
     features: Features

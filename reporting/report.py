@@ -32,7 +32,7 @@ FIGURES = {  # in the page's order: what each shows, as a screen reader says it
 
 MISSING = {  # why there may be nothing to draw
     "histogram": "no pairs of images of one identity and of two to compare",
-    "curves": "no log of these runs is where they were trained or beside them; --log-path names its folder",
+    "curves": "no history (RUN.jsonl) of these runs where they were trained or beside them: set --log-path",
 }
 
 
@@ -104,8 +104,8 @@ class Findings:
         return figures.images(self.first.activations())
 
     def curves(self) -> Figure | None:
-        """Learning curves of the runs whose log was found; None if none was."""
-        runs = {each.label: each.log.curves for each in self.everyone if each.log and each.log.curves}
+        """Learning curves of the runs whose history was found; None if none was."""
+        runs = {own.label: own.history.curves for own in self.everyone if own.history and own.history.curves}
         return figures.curves(runs) if runs else None
 
     def draw(self, name: str) -> Figure | None:
@@ -147,7 +147,7 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
         "cameras": camera_rows(findings.by_camera),
         "settings": setting_rows(findings.everyone),
         "facts": facts,
-        "logs": [(each.label, each.log.facts) for each in findings.everyone if each.log],
+        "made_with": [(own.label, own.history.facts) for own in findings.everyone if own.history],
         "selections": [(each.label, selection(each)) for each in findings.everyone],
         "notes": list(
             filter(None, [findings.first.evaluation.short, *warnings(counts_of(findings.first.evaluation))])

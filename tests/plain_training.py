@@ -14,7 +14,7 @@ from conftest import tiny_flags
 from augmentation import normalize
 from data_loader import generator
 from devices import Processes
-from engine.settings import open_run
+from engine.settings import open_run, typed_settings
 from engine.training import Training, build_training
 from train import train_one_epoch
 from utils import MODALITIES
@@ -24,7 +24,7 @@ TABLES = ("shared", *MODALITIES)
 
 def start_training(root, *flags) -> Training:
     """What train.py trains with on a tiny dataset at root."""
-    args, _, _ = open_run([*tiny_flags(root), *map(str, flags)])
+    args, _, _ = open_run(typed_settings([*tiny_flags(root), *map(str, flags)]))
     return build_training(args, None, Processes())
 
 

@@ -6,7 +6,6 @@ for machines with a GPU.
 """
 
 import contextlib
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -89,7 +88,6 @@ def fake_training(root, *flags):
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
         patch.setattr(torch.Tensor, "pin_memory", lambda self: self)
         patch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
-        patch.setattr(training_module, "Evaluation", MagicMock())  # which calculates on the CPU
         for kind in (TwoStreamResNet, Baseline):
             patch.setattr(training_module, kind.__name__, built_on_the_gpu(kind))
         training = start_training(root, "--gpu", "0", "--cache", "device", *flags)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import sys
 
@@ -25,7 +26,7 @@ from evaluation.similarity import (
 )
 from model import TwoStreamResNet
 from reporting import figures, sprites
-from reporting.learning import log_file, read_log
+from reporting.learning import history_file, read_history
 from reporting.views import activation_maps, embed
 from utils import UserError, log
 
@@ -192,6 +193,9 @@ class Writer:
 
         return add
 
+    def flush(self):
+        pass
+
 
 def test_what_tensorboard_gets(sysu):
     board = Board(None, 0)
@@ -210,8 +214,8 @@ def test_what_tensorboard_gets(sysu):
         m: torch.eye(len(pids))[np.searchsorted(pids, samples.pids)] for m, samples in images.items()
     }
     board.writer = writer = Writer()
-    board.add_similarities(features, evaluation, 3)
-    assert len(writer.added) == 3 * 4
+    board.add_evaluation({"epoch": 3, "evaluation": {"metrics": {"mAP": 0}}}, features, evaluation)
+    assert len(writer.added) == 3 * 4 + 1
     for name, (method, value, epoch) in writer.added.items():
         assert epoch == 3
         if name.startswith("similarity"):
@@ -226,7 +230,7 @@ def test_a_missing_tensorboard_is_one_warning(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(log, "propagate", True)
     monkeypatch.setattr(log, "handlers", [])  # where a command has run before, caplog listens here too
     board = Board(tmp_path / "events", 0)
-    board.add_scalars({"rate": 1.0}, 1)
+    board.add_epoch(record_of(1, {"total": 1.0}) | {"seconds": {"waiting": 0.0, "steps": 1.0}})
     board.close()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "tensorboard" in caplog.text
@@ -372,43 +376,53 @@ def test_many_thumbnails_are_smaller():
     assert wide == round(tall / 3)
 
 
-# ---- logs
+# ---- histories
 
 
-def test_a_log_that_was_resumed_and_one_without_epochs(tmp_path):
-    log = tmp_path / "r.log"
-    log.write_text(
-        "01:02:03 command: python train.py --lr 0.1\n"
-        "01:02:03 epoch 1/2: loss 3.5 (shared 2.5, align 1.0), rate 1.00e-03; 50 images/s, waiting\n"
-        "01:02:03 epoch 2/2: loss 9.9 (shared 9.0, align 0.9), rate 1.00e-04; 55 images/s, waiting\n"
-        "01:02:03 command: python train.py --resume auto\n"
-        "01:02:03 something else\n"
-        "01:02:03 epoch 2/2: loss 2.5 (shared 2.0, align 0.5), rate 1.00e-04; 60 images/s, waiting\n"
-        "01:02:03   SYSU, all: rank-1 12.50  rank-10 60.00  mAP 11.25  mINP 5.00  (best so far)\n"
-        "01:02:03 best: a_best.t, epoch 2, rank-1 12.50\n"
-    )
-    curves, facts = read_log(log)
+def record_of(epoch, loss=None, metrics=None, command="python train.py --lr 0.1"):
+    record = {"epoch": epoch, "made_with": {"command": command, "device": "cpu"}}
+    if loss:
+        record |= {"loss": loss, "rate": 10.0**-epoch, "images_per_second": 50 * epoch}
+    return record | ({"evaluation": {"metrics": metrics, "best": True}} if metrics else {})
+
+
+def test_a_history_that_was_resumed_and_one_that_is_none(tmp_path):
+    path = tmp_path / "r.jsonl"
+    metrics = {"rank-1": 0.125, "rank-10": 0.6, "mAP": 0.1125, "mINP": 0.05}
+    records = [
+        record_of(0, metrics=metrics),  # as of --epochs 0
+        record_of(1, {"total": 3.5, "shared": 2.5, "align": 1.0}),
+        record_of(2, {"total": 2.5, "shared": 2.0, "align": 0.5}, metrics, "python train.py --resume auto"),
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    curves, facts = read_history(path)
     assert curves == {
         "loss": {1: 3.5, 2: 2.5}, "shared": {1: 2.5, 2: 2.0}, "align": {1: 1.0, 2: 0.5},
-        "rate": {1: 1e-3, 2: 1e-4}, "images/s": {1: 50, 2: 60},
-        "rank-1": {2: 12.5}, "mAP": {2: 11.25}, "mINP": {2: 5.0},
+        "rate": {1: 0.1, 2: 0.01}, "images/s": {1: 50, 2: 100},
+        "rank-1": {0: 12.5, 2: 12.5}, "mAP": {0: 11.25, 2: 11.25}, "mINP": {0: 5.0, 2: 5.0},
     }  # fmt: skip
-    assert facts == [("command", "python train.py --lr 0.1"), ("command", "python train.py --resume auto")]
-    log.write_bytes(b"\xff\xfe no log")
-    assert read_log(log).curves == {}
+    assert facts == [
+        ("command", "python train.py --lr 0.1"),
+        ("device", "cpu"),
+        ("command", "python train.py --resume auto"),
+    ]
+    for rubbish in (b"\xff\xfe no history", b"[1]\n", b'{"epoch": 1}\n'):
+        path.write_bytes(rubbish)
+        with pytest.raises(UserError, match=r"r\.jsonl is no history of a run"):
+            read_history(path)
 
 
-def test_where_a_log_is_looked_for(tmp_path, monkeypatch):
+def test_where_a_history_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint, saved = (
         tmp_path / "moved" / "save_model" / "run_best.t",
         {"dataset": "llcm", "log_path": "log"},
     )
-    assert log_file(checkpoint, saved) is None
-    place = tmp_path / "moved" / "log" / "llcm_log" / "run.log"
+    assert history_file(checkpoint, saved) is None
+    place = tmp_path / "moved" / "log" / "llcm_log" / "run.jsonl"
     place.parent.mkdir(parents=True)
     place.write_text("")
-    assert log_file(checkpoint, saved) == place
-    assert log_file(checkpoint, saved, str(place.parents[1])) == place
-    with pytest.raises(UserError, match="--log-path elsewhere: no log at"):
-        log_file(checkpoint, saved, "elsewhere")
+    assert history_file(checkpoint, saved) == place
+    assert history_file(checkpoint, saved, str(place.parents[1])) == place
+    with pytest.raises(UserError, match="--log-path elsewhere: no history at"):
+        history_file(checkpoint, saved, "elsewhere")

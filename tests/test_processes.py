@@ -15,6 +15,7 @@ from plain_training import PlainTraining, assert_step, plain_tables, recorded, s
 
 from data_loader import IdentityBatches, TrainLoader
 from engine.files import Run
+from engine.training import Progress, build_evaluation
 from train import fit, rebuild_memory
 
 FLAGS = ["--epochs", "1", "--num-pos", "4", "--select", "last"]  # two steps of 2 x 4 x 4 x 3 images
@@ -33,7 +34,8 @@ def train_one_of_two(rank, port, root, folder):
         return recorded(training, epoch(number), states)
 
     training.loader.epoch = recorded_epoch
-    fit(training, Run("two", "sysu", f"{folder}/save_model", f"{folder}/log"))
+    run = Run("two", "sysu", f"{folder}/save_model", f"{folder}/log")
+    fit(training, build_evaluation(training), Progress(), run)
     states.append(state(training))
     rebuild_memory(training, 1)
     states.append(state(training))

@@ -167,12 +167,12 @@ def test_figures_alone(report_here, runs, sysu, tmp_path):
 def test_a_checkpoint_without_a_log_has_no_curves(report_here, runs, sysu, tmp_path, monkeypatch):
     shutil.copy(runs[0], tmp_path / "lonely_best.t")
     words = ("--resume", tmp_path / "lonely_best.t", "--data-path", sysu, "--output", tmp_path / "out")
-    with pytest.raises(UserError, match="--figures curves: no log of these runs"):
+    with pytest.raises(UserError, match=r"--figures curves: no history \(RUN\.jsonl\) of these runs"):
         report_here(*words, "--figures", "curves")
     monkeypatch.setattr(results_report, "FIGURES", {name: FIGURES[name] for name in ("cmc", "curves")})
     report_here(*words)
     text = (tmp_path / "out" / "index.html").read_text()
-    assert "Nothing to show: no log of these runs" in text
+    assert "Nothing to show: no history (RUN.jsonl) of these runs" in text
     assert ('href="cmc.png"' in text, 'href="curves.png"' in text) == (True, False)
     assert not (tmp_path / "out" / "curves.png").exists()
 
@@ -226,7 +226,7 @@ def test_bad_input_is_told(report_here, runs, sysu, tmp_path):
         (r"--queries: no query of pid 99999", *good, "--output", "o", "--queries", "99999"),
         (r"--queries: middling is neither", *good, "--output", "o", "--queries", "middling"),
         (r"--trial 11: SYSU-MM01 has the trials 0 to 9", *good, "--output", "o", "--trial", "11"),
-        (r"--log-path .*: no log at", *good, "--output", "o", "--log-path", tmp_path),
+        (r"--log-path .*: no history at", *good, "--output", "o", "--log-path", tmp_path),
         (r"the same checkpoint twice", "--resume", runs[0], runs[0], "--output", "o"),
         (r"RegDB not found", *good, "--output", "o", "--dataset", "regdb"),
         (r"--figures: invalid choice: 'pie'", *good, "--output", "o", "--figures", "pie"),

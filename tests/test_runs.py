@@ -11,7 +11,15 @@ import torch
 
 from checkpoints import load_checkpoint, save_checkpoint
 from engine.files import MAY_CHANGE, Run, environment, run_name
-from engine.settings import STATE, dataset_defaults, get_args_parser, open_run, parse_args, settings_to_resume
+from engine.settings import (
+    STATE,
+    dataset_defaults,
+    get_args_parser,
+    open_run,
+    parse_args,
+    settings_to_resume,
+    typed_settings,
+)
 from utils import UserError, log, log_to_terminal, versions
 
 NET = {"w": torch.zeros(3)}
@@ -58,7 +66,9 @@ def test_the_name_of_a_plain_run():
 
 
 def test_a_run_is_named_as_the_user_says(tmp_path):
-    args, run, _ = open_run(["--name", "my first/run", "--model-path", str(tmp_path), "--dataset", "regdb"])
+    args, run, _ = open_run(
+        typed_settings(["--name", "my first/run", "--model-path", str(tmp_path), "--dataset", "regdb"])
+    )
     assert args.name == "my first/run"
     assert run.last == tmp_path / "my-first-run_trial_1_last.t"
 
@@ -95,7 +105,7 @@ def test_a_name_is_one_that_a_file_can_have(weights, tmp_path):
     assert run.name.endswith("_trial_10")
     assert Path(run.name).name == run.name
     run.acquire()  # makes files of that name
-    run.save({"net": NET}, True, "the best")
+    run.save({"net": NET, "history": []}, True, "the best")
     run.release()
 
 
@@ -158,6 +168,7 @@ def test_best_says_how_it_was_chosen_and_is_without_the_state_of_training(run):
         "epoch": 1,
         "optimizer": {"lr": 1},
         "scaler": {},
+        "history": [],
         "args": {"a": 1},
     }
     run.save(checkpoint, is_best=False, selection="by rank-1")
@@ -188,7 +199,7 @@ def test_a_run_that_is_there_is_not_overwritten_and_the_way_on_is_told(run):
 def test_remove_takes_all_of_the_run_and_nothing_else(run, tmp_path):
     run.events.mkdir()
     other = tmp_path / "save_model" / "toy_p40_last.t"
-    mine = [run.best, run.last, run.log, run.events / "events.0"]
+    mine = [run.best, run.last, run.log, run.history, run.events / "events.0"]
     for path in [*mine, other]:
         path.write_bytes(b"x")
     run.remove()
@@ -200,7 +211,7 @@ def test_remove_takes_all_of_the_run_and_nothing_else(run, tmp_path):
 def test_the_log_is_appended_to(run, caplog):
     caplog.set_level(logging.INFO, log.name)
     for line in ("epoch 1", "epoch 2"):
-        run.open_log()
+        run.open_log({})
         log.info(line)
         run.release()
         log.info("not for this log")
@@ -217,7 +228,7 @@ def arguments(tmp_path, words=""):
 
 def trained(tmp_path, words=""):
     """The path of a checkpoint that a run with these settings leaves."""
-    args, run, checkpoint = open_run(arguments(tmp_path, words))
+    args, run, checkpoint = open_run(typed_settings(arguments(tmp_path, words)))
     assert checkpoint is None
     state = dict.fromkeys(STATE) | {"epoch": 2, "optimizer": {}}
     save_checkpoint(state | {"net": NET, "args": vars(args)}, run.last)
@@ -226,17 +237,17 @@ def trained(tmp_path, words=""):
 
 def test_resume_auto_finds_the_run_of_these_settings_alone(tmp_path):
     last = trained(tmp_path, "--seed 3")
-    _, run, checkpoint = open_run(arguments(tmp_path, "--seed 3 --resume auto"))
+    _, run, checkpoint = open_run(typed_settings(arguments(tmp_path, "--seed 3 --resume auto")))
     assert (run.last, checkpoint["epoch"]) == (last, 2)
-    assert open_run(arguments(tmp_path, "--seed 4 --resume auto"))[2] is None
-    assert open_run(arguments(tmp_path, "--seed 3"))[2] is None
+    assert open_run(typed_settings(arguments(tmp_path, "--seed 4 --resume auto")))[2] is None
+    assert open_run(typed_settings(arguments(tmp_path, "--seed 3")))[2] is None
 
 
 def test_resume_auto_finds_a_run_that_was_moved(tmp_path):
     last = trained(tmp_path / "old", "--seed 3")
     (tmp_path / "new").mkdir()
     last.parent.rename(tmp_path / "new" / "save_model")
-    args, run, checkpoint = open_run(arguments(tmp_path / "new", "--seed 3 --resume auto"))
+    args, run, checkpoint = open_run(typed_settings(arguments(tmp_path / "new", "--seed 3 --resume auto")))
     assert checkpoint["epoch"] == 2
     assert run.last == tmp_path / "new" / "save_model" / last.name
     assert args.log_path == f"{tmp_path}/new/log"
@@ -244,7 +255,7 @@ def test_resume_auto_finds_a_run_that_was_moved(tmp_path):
 
 def test_resuming_a_file_takes_its_settings_and_stays_in_its_folder(tmp_path):
     last = trained(tmp_path, "--arch resnet18 --num-pos 2 --epochs 4 --name mine")
-    args, run, checkpoint = open_run(["--resume", str(last), "--epochs", "9"])
+    args, run, checkpoint = open_run(typed_settings(["--resume", str(last), "--epochs", "9"]))
     assert (args.arch, args.num_pos, args.epochs, args.name) == ("resnet18", 2, 9, "mine")
     assert (run.last, checkpoint["epoch"]) == (last, 2)
 
@@ -256,9 +267,9 @@ def test_any_pixel_range_of_a_run_is_read_again():
 
 def test_what_contradicts_the_resumed_run_is_refused(tmp_path):
     last = trained(tmp_path, "--arch resnet18")
-    open_run(["--resume", str(last), "--arch", "resnet18"])
+    open_run(typed_settings(["--resume", str(last), "--arch", "resnet18"]))
     with pytest.raises(UserError, match=r"^--num-pos 2 contradicts .*_last\.t, whose run has 4$"):
-        open_run(["--resume", str(last), "--num_pos", "2"])
+        open_run(typed_settings(["--resume", str(last), "--num_pos", "2"]))
 
 
 def test_a_checkpoint_without_the_state_of_training_cannot_be_resumed(tmp_path):
@@ -266,21 +277,21 @@ def test_a_checkpoint_without_the_state_of_training_cannot_be_resumed(tmp_path):
     with pytest.raises(
         UserError, match=r"run_best\.t: no training state in this file: resume from a run's _last"
     ):
-        open_run(["--resume", str(tmp_path / "run_best.t")])
+        open_run(typed_settings(["--resume", str(tmp_path / "run_best.t")]))
 
 
 @pytest.mark.parametrize("words", ["", "--dataset regdb", "--dataset regdb --trial 3"])
 def test_a_resumed_trial_of_regdb_stays_its_own_run(words, tmp_path):
     last = trained(tmp_path, "--dataset regdb --trial 3")
     assert last.name.endswith("_trial_3_last.t")
-    args, run, _ = open_run(["--resume", str(last), *words.split()])
+    args, run, _ = open_run(typed_settings(["--resume", str(last), *words.split()]))
     assert (args.dataset, args.trial, run.last) == ("regdb", "3", last)
 
 
 def test_another_trial_than_the_resumed_one_is_refused(tmp_path):
     last = trained(tmp_path, "--dataset regdb --trial 3")
     with pytest.raises(UserError, match=r"--trial 2 contradicts .*, whose run has 3"):
-        open_run(["--resume", str(last), "--dataset", "regdb", "--trial", "2"])
+        open_run(typed_settings(["--resume", str(last), "--dataset", "regdb", "--trial", "2"]))
 
 
 # --- what a result depends on
@@ -288,11 +299,11 @@ def test_another_trial_than_the_resumed_one_is_refused(tmp_path):
 
 def test_the_environment_names_command_versions_and_revision(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--data-path", "my data"])
-    command, rest = environment()
-    assert command == "command: python train.py --data-path 'my data'"
+    found = environment()
+    assert found["command"] == "python train.py --data-path 'my data'"
     for name, version in versions().items():
-        assert f"{name} {version}" in rest
-    assert "; source " in rest
+        assert f"{name} {version}" in found["versions"]
+    assert "; source " in found["versions"]
 
 
 @pytest.mark.parametrize(("quiet", "shown"), [(False, "progress\ntrouble\n"), (True, "trouble\n")])

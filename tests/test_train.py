@@ -26,9 +26,11 @@ import synthetic
 import train
 from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import train_samples
+from engine import launch
 from engine.events import Board
 from engine.files import Run
-from engine.settings import STATE, open_run, parse_args
+from engine.settings import STATE, open_run, parse_args, typed_settings
+from engine.training import Progress, build_evaluation
 from eval_metrics import Metrics
 from train import evaluate_if_due, fit, learning_rate, rebuild_memory, train_one_epoch
 
@@ -146,8 +148,9 @@ def epochs(sysu, tmp_path_factory):
     training = start_training(sysu, "--batch-size", 8, "--num-pos", 8, "--select", "last", *schedule)
     assert len(training.loader.batches) == 1
     run = KeptRun(tmp_path_factory.mktemp("kept"), training)
-    run.save(training.state())
-    fit(training, run)
+    progress = Progress()
+    run.save(training.state() | progress.state())
+    fit(training, build_evaluation(training), progress, run)
     return training, run.saved
 
 
@@ -184,13 +187,14 @@ def test_each_epoch_begins_with_a_memory_of_the_network_as_it_is(epochs):
 def test_the_best_epoch_has_the_highest_map_and_is_the_first_of_equal_ones(sysu, tmp_path, monkeypatch):
     training = start_training(sysu, "--epochs", 5, "--eval-start", 0, "--eval-every", 1)
     run, maps = KeptRun(tmp_path, training), [0.3, 0.5, 0.5, 0.4, 0.5]
+    evaluation, progress = build_evaluation(training), Progress()
     results = [(Metrics(np.full(20, 0.6), mAP, 0.2), {}) for mAP in maps]
-    monkeypatch.setattr(train, "evaluate", lambda _: results[training.epoch - 1])
+    monkeypatch.setattr(train, "evaluate", lambda *_: results[progress.epoch - 1])
     for epoch in range(1, 6):
-        training.epoch = epoch
-        evaluate_if_due(training, run, Board(None, 0))
+        progress.epoch = epoch
+        evaluate_if_due(training, evaluation, progress, run, Board(None, 0))
     assert run.chosen == [1, 2]
-    assert training.best == {"epoch": 2, "rank1": 0.6, "mAP": 0.5, "mINP": 0.2}
+    assert progress.best == {"epoch": 2, "rank1": 0.6, "mAP": 0.5, "mINP": 0.2}
 
 
 BORDERS = {  # grey value of what a crop reaches into: docs/method.md, section 3
@@ -262,7 +266,7 @@ def test_the_released_spelling_of_flags():
 
 
 def test_a_run_says_what_it_does(trained):
-    lines = trained[1].stdout.splitlines()
+    lines = [line[20:] for line in trained[1].stdout.splitlines()]  # without the clock
     for begin in ("command: python ", "versions: Python ", "training data: 8 identities", "device: cpu"):
         assert sum(line.startswith(begin) for line in lines) == 1, begin
     epochs = [line for line in lines if line.startswith("epoch ")]
@@ -272,7 +276,9 @@ def test_a_run_says_what_it_does(trained):
     assert "rate 7.00e-05" in epochs[1]
     evaluations = [line for line in lines if line.startswith("  SYSU-MM01, all, single-shot")]
     assert len(evaluations) == 2
-    assert all(word in evaluations[0] for word in ("rank-1", "mAP", "mINP"))
+    assert all(word in evaluations[0] for word in ("after epoch 1: ", "rank-1", "mAP", "mINP"))
+    assert re.search(r"; 0:00:\d\d left$", epochs[0])
+    assert epochs[1].endswith("; 0:00:00 left")
     assert lines[-1].startswith("finished: save_model")
     assert trained[1].stderr == ""
 
@@ -281,7 +287,13 @@ def test_a_run_writes_its_files_and_no_others(trained):
     folder = trained[0]
     log = only(folder, "log/sysu_log/*.log")
     events = only(folder, f"log/vis_log/{log.stem}/events.*")
-    expected = [log, events, *(folder / "save_model" / f"{log.stem}_{which}.t" for which in ("best", "last"))]
+    history = log.with_suffix(".jsonl")
+    expected = [
+        history,
+        log,
+        events,
+        *(folder / "save_model" / f"{log.stem}_{which}.t" for which in ("best", "last")),
+    ]
     assert files(folder) == [str(path.relative_to(folder)) for path in expected]
     assert re.fullmatch(r"sysu_p2_n4_lr0\.00035_seed0_[0-9a-f]{6}", log.stem)
     logged = [line[20:] for line in log.read_text().splitlines()]
@@ -291,7 +303,7 @@ def test_a_run_writes_its_files_and_no_others(trained):
     assert logged[2].startswith("settings: amp off, arch resnet18, array_path None, batch_size 4, ")
     assert logged[3].startswith("training data: 8 identities, 58 visible, 30 infrared images of 32x16, ")
     assert len(logged[3].rpartition(" ")[2]) == 16
-    assert "\n".join(logged) in trained[1].stdout
+    assert [line[20:] for line in trained[1].stdout.splitlines()][-len(logged) :] == logged
 
 
 def test_checkpoints_are_read_without_running_code_and_hold_the_result(trained):
@@ -309,7 +321,7 @@ def test_checkpoints_are_read_without_running_code_and_hold_the_result(trained):
     assert best["best"] == last["best"]
     assert best["epoch"] == best["best"]["epoch"]
     for checkpoint in (best, last):
-        line = done.stdout.split("\n  SYSU-MM01")[checkpoint["epoch"]]
+        [line] = [line for line in done.stdout.splitlines() if f"after epoch {checkpoint['epoch']}:" in line]
         assert f"rank-1 {100 * checkpoint['cmc'][0]:.2f}" in line
         assert f"mAP {100 * checkpoint['mAP']:.2f}  mINP {100 * checkpoint['mINP']:.2f}" in line
     assert best["mAP"] >= last["mAP"]
@@ -343,7 +355,7 @@ def test_check_does_everything_but_write(sysu, train_here, tmp_path):
         "checkpoints: about",
     ):
         assert words in output
-    assert output.splitlines()[-1].startswith("check passed")
+    assert output.splitlines()[-1][20:].startswith("check passed")
     assert not list((tmp_path / "work").iterdir())
 
 
@@ -366,9 +378,8 @@ def test_check_refuses_what_cannot_be_written(sysu, train_here, tmp_path):
 
 
 def test_select_val_trains_without_the_val_ids_and_evaluates_on_them(sysu, train_here, tmp_path, monkeypatch):
-    built = []
-    build = train.build_training
-    monkeypatch.setattr(train, "build_training", lambda *args: built.append(build(*args)) or built[0])
+    built, build = [], launch.build_evaluation
+    monkeypatch.setattr(launch, "build_evaluation", lambda *args: built.append(build(*args)) or built[0])
     status, output, _ = train_here(*tiny_flags(sysu), "--epochs", 1, "--select", "val")
     assert status == 0
     val = {int(pid) for pid in (sysu / "exp" / "val_id.txt").read_text().split(",")}
@@ -376,7 +387,7 @@ def test_select_val_trains_without_the_val_ids_and_evaluates_on_them(sysu, train
     assert not val & set(kept["visible"].pids)
     counts = f"{len(kept['visible'].pids)} visible, {len(kept['infrared'].pids)} infrared"
     assert f"training data: {8 - len(val)} identities, {counts}" in output
-    evaluated = [samples.pids for samples in built[0].evaluation.all_samples()]
+    evaluated = [samples.pids for samples in built[0].all_samples()]
     assert set(np.concatenate(evaluated)) == val
     best = load_checkpoint(only(tmp_path, "work/save_model/*_best.t"))
     assert "val ids" in best["selection"]
@@ -452,7 +463,7 @@ def test_settings_come_from_the_checkpoint_and_some_may_change(trained, monkeypa
         "--test-batch",
         "3",
     ]
-    args, run, checkpoint = open_run(["--resume", str(last), *changes])
+    args, run, checkpoint = open_run(typed_settings(["--resume", str(last), *changes]))
     assert run.last == last
     assert checkpoint["epoch"] == 2
     assert (args.epochs, args.workers, args.gpu, args.data_path) == (9, 2, 1, "elsewhere")
@@ -711,12 +722,12 @@ def test_a_process_continues_no_trial_that_the_first_one_is_about_to_remove(
             pass
 
     words = [*trial_flags(tmp_path), "--trial", "3"]
-    args, run, _ = open_run(words)
+    args, run, _ = open_run(typed_settings(words))
     state = {"net": {"w": torch.zeros(3)}, "epoch": 160, "args": vars(args)}
     save_checkpoint(dict.fromkeys(STATE) | state, run.last)
     continued = []
-    monkeypatch.setattr(train, "Processes", SecondProcess)
-    monkeypatch.setattr(train, "train_run", lambda args, run, checkpoint, _: continued.append(checkpoint))
+    monkeypatch.setattr(launch, "Processes", SecondProcess)
+    monkeypatch.setattr(launch, "train_run", lambda args, run, checkpoint, *_: continued.append(checkpoint))
     assert train_here(*trial_flags(tmp_path))[0] == 0
     assert [checkpoint is not None for checkpoint in continued] == [False, False, True] + 7 * [False]
     continued.clear()

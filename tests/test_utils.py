@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
@@ -16,6 +17,7 @@ from utils import (
     data_flags,
     device_flags,
     positive,
+    refuse_missing_checkpoints,
     run_script,
     whole_file,
 )
@@ -210,3 +212,51 @@ def test_positive():
             positive(text)
     with pytest.raises(ValueError, match="fast"):
         positive("fast")
+
+
+# --- a mistyped checkpoint
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["train.py", "test.py", "tools/report.py", "tools/search.py", "tools/export.py", "tools/embed.py"],
+)
+def test_a_missing_checkpoint_is_told_before_torch_is_imported(script, tmp_path):
+    """A torch that cannot be imported stands for one that takes long."""
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / script, "--gpu=-1", "--resume", "gone_best.t"], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr == f"{Path(script).name}: error: no file at gone_best.t\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        ("--resume=gone_best.t --model_path elsewhere", "gone_best.t"),
+        ("--resume there_best.t gone_best.t --flip", "gone_best.t"),
+        ("--resume auto --weights gone.pth", "gone.pth"),
+        ("--resume there_best.t --weights none", None),
+        ("--resume below_best.t --model-path models", None),
+        ("--resume gone_trial_{trial}_best.t", None),
+        ("--resume", None),
+        ("--resume gone_best.t --help", None),
+        ("--weights imagenet", None),
+        ("", None),
+    ],
+)
+def test_which_file_is_missing(words, missing, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", *words.split()])
+    (tmp_path / "there_best.t").touch()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "below_best.t").touch()
+    if missing is None:
+        refuse_missing_checkpoints()
+        return
+    with pytest.raises(SystemExit) as stop:
+        refuse_missing_checkpoints()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"train.py: error: no file at {missing}\n"

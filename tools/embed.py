@@ -8,6 +8,11 @@ asked for. Files that cannot be read are listed and left out, and the exit statu
 retrieval/shards.py says what the folder holds.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
+    from utils import refuse_missing_checkpoints
+
+    refuse_missing_checkpoints()
+
 import argparse
 import contextlib
 import dataclasses

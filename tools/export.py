@@ -7,6 +7,11 @@ Input: images (N, height, width, 3) uint8 RGB, resized. Output: unit features (N
 checked with ONNX Runtime against torch, on images, before any is written. docs/runtimes.md shows their use.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
+    from utils import refuse_missing_checkpoints
+
+    refuse_missing_checkpoints()
+
 import argparse
 import io
 import sys

@@ -7,6 +7,11 @@
 DIR/index.html opens from the disk and needs no network; each figure lies beside it as PNG and PDF.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
+    from utils import refuse_missing_checkpoints
+
+    refuse_missing_checkpoints()
+
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +23,7 @@ from devices import Processes, select_device
 from engine.files import environment
 from evaluation.models import build_evaluation, embed_models, evaluation_flags, parse_and_find
 from reporting.evaluated import Evaluated, labels
-from reporting.learning import log_file, read_log
+from reporting.learning import history_file, read_history
 from reporting.report import FIGURES, MISSING, Findings, write_figures, write_page
 from utils import Parser, UserError, log, log_to_terminal, run_script
 
@@ -34,7 +39,9 @@ def get_args_parser() -> Parser:
         "--resume", required=True, nargs="+", metavar="FILE",
         help="checkpoints to compare; rankings, embedding and activations are of the first",
     )  # fmt: skip
-    parser.add_argument("--log-path", metavar="DIR", help="the runs' logs (where they were written)")
+    parser.add_argument(
+        "--log-path", metavar="DIR", help="the runs' logs and histories (where they were written)"
+    )
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument("--output", required=True, metavar="DIR", help="for index.html and the figures")
     outputs.add_argument(
@@ -65,9 +72,9 @@ def evaluate_checkpoint(
         for rerank in dict.fromkeys((None, *args.rerank)):
             for protocol, metrics in evaluation.score(features, rerank, trial).items():
                 results.setdefault((protocol, rerank), []).extend(metrics)
-    logged = log_file(kept["path"], kept["saved"], args.log_path)
+    found = history_file(kept["path"], kept["saved"], args.log_path)
     return Evaluated(
-        **kept, label=label, log=read_log(logged) if logged else None, evaluation=evaluation,
+        **kept, label=label, history=read_history(found) if found else None, evaluation=evaluation,
         shared=len(models) == 1, results=results,
     )  # fmt: skip
 
@@ -98,7 +105,7 @@ def main(command: Sequence[str]) -> None:
                 raise UserError(f"--figures {name}: {MISSING[name]}")
         log.info("wrote %s as PNG and PDF in %s", ", ".join(drawn), folder)
     else:
-        write_page(findings, folder, [tuple(line.split(": ", 1)) for line in environment()], args.workers)
+        write_page(findings, folder, list(environment().items()), args.workers)
 
 
 if __name__ == "__main__":

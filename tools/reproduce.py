@@ -12,16 +12,15 @@ import itertools
 import json
 import os
 import platform
-import re
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from data_loader import IdentityBatches
-from data_manager import DATASETS, class_labels, train_samples
+from data_manager import DATASETS, Samples, class_labels, train_samples
 from engine.settings import parse_args
 from model import STEMS
 from reporting.paper import markdown, tables
@@ -114,8 +113,9 @@ def do(name: str, command: tuple[object, ...], args: argparse.Namespace, done: d
 
 
 def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: argparse.Namespace) -> None:
-    """Print what the missing trainings will take, from a few steps on synthetic images of the same size."""
-    hours, size, eight_bits = 0.0, 0.0, list(extra)  # as synthetic images have
+    """Print what the missing trainings will take, from two tiny epochs on synthetic images of their size."""
+    hours = size = 0.0
+    eight_bits = list(extra)  # as synthetic images have
     for k in [k for k, word in enumerate(extra) if word.replace("_", "-") == "--pixel-range"]:
         del eight_bits[k : k + 3]
     for dataset in PUBLIC:
@@ -125,37 +125,47 @@ def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: arg
         splits = 10 if dataset == "regdb" else 1
         settings = parse_args(["--dataset", dataset, *extra])
         samples = train_samples(dataset, Path(args.data_path, dataset), 1 if dataset == "regdb" else None)
-        visible, infrared = (len(samples[modality].paths) for modality in ("visible", "infrared"))
+        images = embedded(samples)
         batches = IdentityBatches(class_labels(samples), settings.batch_size, settings.num_pos, 0)
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder, dataset)
-            people = ("--identities", 2 * settings.batch_size, "--test-identities", 2, "--images", 2)
+            people = ("--identities", 2 * settings.batch_size, "--test-identities", 2, "--images", 1)
             run("-m synthetic", "--dataset", dataset, "--data-path", root, *people, quiet=True)
             if dataset == "sysu":
                 shape = ("--img-h", settings.img_h, "--img-w", settings.img_w)
                 run("pre_process_sysu.py", "--data-path", root, *shape, quiet=True)
-            machine = (*machine_flags(args), "--check")
-            words = (*eight_bits, "--dataset", dataset, "--stem", args.stem[0], *machine)
-            paths = ("--data-path", root, "--array-path", root, "--model-path", folder, "--log-path", folder)
-            _, text = run("train.py", *words, *paths, quiet=True)
-        step = float(re.search(r"one step: loss .*?, ([\d.]+) s", text)[1])
-        memory = re.findall(r"^(.*memory.*: at most .*)$", text, re.MULTILINE)
-        checkpoints = float(re.search(r"checkpoints: about (\d+) MB", text)[1]) / 1000
-        # A step is forward and backward, about three times the forward pass, of 3n images; the memory's reset
-        # is a forward pass of every visible image, twice, and of every infrared one.
-        forward = step / (9 * settings.batch_size * settings.num_pos)
-        epoch = len(batches) * step + (2 * visible + infrared) * forward
+            run(
+                "train.py", *eight_bits, "--dataset", dataset, "--stem", args.stem[0], *machine_flags(args),
+                "--data-path", root, "--array-path", root, "--model-path", folder, "--log-path", folder,
+                "--epochs", 2, "--weights", "none", "--name", "timing", "--overwrite", quiet=True,
+            )  # fmt: skip
+            [history] = Path(folder).glob("*_log/timing*.jsonl")
+            record = json.loads(history.read_text().splitlines()[-1])  # the first steps are slower
+            checkpoints = sum(path.stat().st_size for path in Path(folder).glob("timing*.t"))
+            few = embedded(train_samples(dataset, root, 1 if dataset == "regdb" else None))
+        step, image = record["seconds"]["steps"] / record["steps"], record["seconds"]["memory"] / few
+        epoch = len(batches) * step + images * image
+        memory = ", ".join(
+            f"memory of the {name}: at most {peak:.1f} GB" for name, peak in record["gigabytes"].items()
+        )
         own = len(runs) * splits * settings.epochs * epoch / 3600
-        arrays = splits * (visible + infrared) * settings.img_h * settings.img_w * 3 / 1e9
-        hours, size = hours + own, size + arrays + len(runs) * splits * checkpoints
+        arrays = (
+            splits * sum(len(part.paths) for part in samples.values()) * settings.img_h * settings.img_w * 3
+        )
+        hours, size = hours + own, size + (arrays + len(runs) * splits * checkpoints) / 1e9
         print(
             f"{dataset}: {len(runs) * splits} trainings, {settings.epochs} epochs of {len(batches)} steps of "
-            f"{step:.2f} s: {own:.1f} h; {'; '.join(memory)}"
+            f"{step:.2f} s: {own:.1f} h; {memory}"
         )
     print(
-        "an estimate, from three timed steps of each dataset on synthetic images, without evaluations: "
+        "an estimate, from a few timed steps of each dataset on synthetic images, without evaluations: "
         f"{hours:.1f} hours, {size:.1f} GB of disk"
     )
+
+
+def embedded(samples: Mapping[str, Samples]) -> int:
+    """How many images the memory's reset embeds: visible ones twice, as they are and as aux images."""
+    return 2 * len(samples["visible"].paths) + len(samples["infrared"].paths)
 
 
 def write_results(out: Path, commands: Iterable[str], done: dict[str, dict], stems: list[str]) -> None:
@@ -170,9 +180,9 @@ def write_results(out: Path, commands: Iterable[str], done: dict[str, dict], ste
             tests = [n for n in commands if n.startswith(f"{dataset}_{stem}_") and n.endswith("_test")]
             parts += tables([out / f"{name}.json" for name in tests], stem)
     lines = {f"{platform.platform()}, {os.cpu_count()} cores"}
-    for path in out.glob("log/*/*.log"):  # each line begins with its time
-        own = (line[20:] for line in path.read_text(encoding="utf-8").splitlines())
-        lines |= {line for line in own if line.startswith(("versions: ", "device: "))}
+    for path in out.glob("log/*/*.jsonl"):
+        for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            lines |= {f"{name}: {record['made_with'][name]}" for name in ("versions", "device")}
     parts += ["## Made with", "\n".join(f"- {line}" for line in sorted(lines))]
     hours = [(name, f"{own['seconds'] / 3600:.2f}") for name, own in done.items()]
     total = sum(own["seconds"] for own in done.values()) / 3600

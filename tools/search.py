@@ -6,6 +6,11 @@
 Exact unless --index is given. Results go to standard output, everything else to standard error.
 """
 
+if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
+    from utils import refuse_missing_checkpoints
+
+    refuse_missing_checkpoints()
+
 import argparse
 import base64
 import html
