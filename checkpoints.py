@@ -1,9 +1,23 @@
-"""Read and write checkpoints and weights: never run code, never leave a partly written file."""
+"""Read and write checkpoints: their keys, whose network a file holds, and no code that is ever run.
 
+A checkpoint of this project is a dict:
+
+- `net`: the network's state dict. `args`: {flag: value} that it was trained with; arch and stem rebuild it.
+- `epoch cmc mAP mINP`: the last evaluation. `protocol best selection data`: what else an evaluation repeats.
+- `loss optimizer scaler evaluated world_size`: what continuing a run needs beside these (TRAINING).
+
+Other people's files have the weights under `net`, `state_dict` or `model`, or nothing else. docs/runtimes.md
+lists the networks that are read.
+"""
+
+import argparse
 import errno
 import hashlib
 import os
+import pathlib
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,14 +25,140 @@ from numpy._core import multiarray  # NumPy 1.26 has it too
 
 from utils import UserError, whole_file
 
+TRAINING = {
+    "loss", "optimizer", "scaler", "epoch", "evaluated", "best", "cmc", "mAP", "mINP", "data", "world_size",
+}  # fmt: skip
+FACTS = ("epoch", "selection", "protocol", "best", "data")  # what an evaluation repeats of them
+WRAPPERS = ("net", "state_dict", "model")  # keys of the weights, in this order
+AGW_SIZE = 288, 144  # height, width; the files of AGW's family do not say theirs
 
-def numpy_globals() -> list:
-    """The globals that pickled NumPy numbers and arrays need, under the module names of NumPy 1 and 2."""
+
+# --- whose network it is: names there (whole keys) -> names here; None: only training needs it
+
+CLASSES = {r"\w*(memory|classifier)\w*\..+": None}  # class memories and classifiers
+RELEASED = CLASSES | {
+    r"backbone\.conv1\.(.+)": r"stems.shared.0.\1",
+    r"backbone\.bn1\.(.+)": r"stems.shared.1.\1",
+    r"backbone\.((layer\d|NL_[23]|pool)\..+)": r"\1",
+    r"bn_neck\.(.+)": r"neck.\1",
+}
+AGW = CLASSES | {
+    r"visible_module\.visible\.conv1\.(.+)": r"stems.visible.0.\1",
+    r"visible_module\.visible\.bn1\.(.+)": r"stems.visible.1.\1",
+    r"thermal_module\.thermal\.conv1\.(.+)": r"stems.infrared.0.\1",
+    r"thermal_module\.thermal\.bn1\.(.+)": r"stems.infrared.1.\1",
+    r"base_resnet\.base\.(layer\d\..+)": r"\1",
+    r"(NL_[23]\..+)": r"\1",
+    r"bottleneck\.(.+)": r"neck.\1",
+    # Each of the three is a whole ResNet, of which the forward pass uses a part.
+    r"(visible_module\.visible|thermal_module\.thermal)\.(layer\d|fc)\..+": None,
+    r"base_resnet\.base\.(conv1|bn1|fc)\..+": None,
+}
+OTHERS = {  # networks that are not built here, by a module that they alone have
+    "DEEN": r"DEE\.",
+    "MPANet": r"spatial_attention\.|visible_classifier\.",
+    "fast-reid": r"heads\.",
+    "torchreid": r"(conv1|features)\..+",  # with a classifier; torchvision calls it fc
+}
+BLOCKS = {"2": 2, "3": 3}  # NL_2.0 follows block 2 of layer2's four, NL_3.0 block 3 of layer3's six
+
+
+class Network(NamedTuple):
+    """What a checkpoint says of its network, and the weights under this project's names."""
+
+    arch: object
+    stem: object
+    pooling: str  # "gem": with a learnt exponent; "agw": with the exponent 3; "mean": and no non-local blocks
+    state: dict[str, torch.Tensor]
+
+
+def network_of(checkpoint: dict, path: str | os.PathLike) -> Network:
+    """The network of a checkpoint of this project, of the released code, or of AGW's family.
+
+    UserError, naming path and the module, for a module that the released code's or AGW's network lacks.
+    """
+    state = weights_of(checkpoint)
+    if _has(state, r"backbone\."):
+        return Network("resnet50", "shared", "gem", _renamed(state, RELEASED, path))
+    if is_agw(checkpoint):
+        pooling = "agw" if _has(state, r"NL_[23]\.") else "mean"  # nothing else in the file says so
+        return Network("resnet50", "two-stream", pooling, _renamed(state, AGW, path))
+    args = _as_dict(checkpoint.get("args"))
+    return Network(args.get("arch"), args.get("stem"), "gem", state)
+
+
+def weights_of(checkpoint: dict) -> dict[str, torch.Tensor]:
+    """The state dict of load_checkpoint's dict, without the prefix of DataParallel."""
+    return {key.removeprefix("module."): value for key, value in checkpoint["net"].items()}
+
+
+def is_agw(checkpoint: dict) -> bool:
+    """Whether a checkpoint is of AGW's family, whose files do not say the images' size (AGW_SIZE)."""
+    return _has(weights_of(checkpoint), r"visible_module\.visible\.")
+
+
+def _has(state: dict, pattern: str) -> bool:
+    return any(re.match(pattern, key) for key in state)
+
+
+def _renamed(state: dict, names: dict[str, str | None], path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The weights under this project's names; UserError for a key that names does not have."""
+    renamed, inner = {}, {}
+    for key, value in state.items():
+        pattern = next((pattern for pattern in names if re.fullmatch(pattern, key)), None)
+        if pattern is None:
+            raise UserError(
+                f"{path} has weights that the network which it is otherwise like does not have: {key}; "
+                "evaluate its features instead, with test.py --features"
+            )
+        if names[pattern] is None:
+            continue
+        key = re.sub(pattern, names[pattern], key)
+        if match := re.fullmatch(r"NL_([23])\.(\d)\.(.+)", key):
+            layer, k, rest = match.groups()
+            prefix = f"layer{layer}.{BLOCKS[layer] + 2 * int(k) + 1}"
+            if match := re.fullmatch(r"(theta|phi|g\.0)\.(weight|bias)", rest):
+                inner.setdefault(f"{prefix}.theta_phi_g.{match[2]}", {})[match[1]] = value
+            else:
+                renamed[f"{prefix}.{rest.replace('W.0.', 'expand.').replace('W.1.', 'bn.')}"] = value
+        elif match := re.fullmatch(r"layer([23])\.(\d)\.(.+)", key):
+            layer, k = match[1], int(match[2])
+            # each non-local block moves the blocks after it by one
+            renamed[f"layer{layer}.{k + max(0, k - BLOCKS[layer])}.{match[3]}"] = value
+        else:
+            renamed[key] = value
+    for key, parts in inner.items():
+        if any(len(value) != 1 for value in parts.values()):
+            raise UserError(
+                f"{path}: its non-local blocks have {len(next(iter(parts.values())))} inner channels, those "
+                "here have one; evaluate its features instead, with test.py --features"
+            )
+        renamed[key] = torch.cat([parts[name] for name in ("theta", "phi", "g.0") if name in parts])
+    return renamed
+
+
+# --- files
+
+
+def plain_dict(*_factory) -> dict:
+    """What a defaultdict is read as; _factory: what makes its values."""
+    return {}
+
+
+def harmless_globals() -> list:
+    """What files may name besides torch's own: NumPy's numbers and arrays, and plain containers of Python.
+
+    Each under the module names of all versions that write it.
+    """
     allowed = [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
     for function in (multiarray.scalar, multiarray._reconstruct):
         allowed += [
             (function, f"numpy.{module}.multiarray.{function.__name__}") for module in ("core", "_core")
         ]
+    # torch puts no items into a defaultdict, allowed or not: read it as the dict that it is but for new keys.
+    allowed += [argparse.Namespace, (plain_dict, "collections.defaultdict"), dict, list, int, float, str]
+    for name in ("PosixPath", "WindowsPath"):  # as text: a path of another system cannot be made here
+        allowed += [(pathlib.PurePosixPath, f"{module}.{name}") for module in ("pathlib", "pathlib._local")]
     return allowed
 
 
@@ -26,55 +166,68 @@ def read_torch_file(path: str | os.PathLike) -> object:
     """Read a file of torch.save onto the CPU: tensors, NumPy values and plain Python data, never code.
 
     Raises:
-        UserError: the file does not exist, is broken, or contains code (which is not run).
+        UserError: the file does not exist, is broken, or contains a type that could run code (it is not run).
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no file at {path}")
     try:
-        with torch.serialization.safe_globals(numpy_globals()):
+        with torch.serialization.safe_globals(harmless_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load may raise anything for a broken file
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a truncated zip file
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-        holds_code = "unsupported global" in str(error).lower()
         reason = "it is not a complete file of torch.save"
-        if holds_code:
-            reason = "it contains code, which is never run"
+        if refused := re.search(r"unsupported global:? (?:global )?([\w.]+)", str(error), re.IGNORECASE):
+            reason = (
+                f"it holds {refused[1]}, which is no plain data (code is never run); "
+                "where it was written, save the network's state_dict() instead"
+            )
         raise UserError(f"{path} is refused: {reason}") from error
 
 
 def is_state_dict(value: object) -> bool:
     """Whether value maps names to tensors."""
     return (
-        isinstance(value, dict) and all(isinstance(v, torch.Tensor) for v in value.values()) and bool(value)
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(key, str) and isinstance(v, torch.Tensor) for key, v in value.items())
     )
 
 
-def load_weights(path: str | os.PathLike) -> dict:
-    """Read a state dict, bare or under `state_dict` or `model`; or a complete checkpoint, if it has `net`.
-
-    Raises UserError, naming path, for anything else.
-    """
-    weights = read_torch_file(path)
-    if isinstance(weights, dict):
-        if is_state_dict(weights.get("net")):
-            return weights
-        weights = weights.get("state_dict", weights.get("model", weights))
-    if not is_state_dict(weights):
-        raise UserError(f"{path} holds no state dict")
-    return weights
-
-
 def load_checkpoint(path: str | os.PathLike) -> dict:
-    """Read a checkpoint of this project or of the released code: a dict with the weights under `net`.
+    """Read a file with the weights of a network: a dict with them under `net`, and what else the file says.
 
-    Raises UserError, naming path, if it is missing, refused (see read_torch_file) or not a checkpoint.
+    The file may have the weights under `net`, `state_dict` or `model`, or be the state dict itself.
+
+    Raises:
+        UserError: it is missing, refused (see read_torch_file), no such file, or of a network in OTHERS.
     """
-    checkpoint = read_torch_file(path)
-    if not isinstance(checkpoint, dict) or not is_state_dict(checkpoint.get("net")):
-        raise UserError(f"{path} is not a checkpoint: it has no `net` with the weights of a network")
+    content = read_torch_file(path)
+    checkpoint = _as_dict(content)
+    if checkpoint.keys().isdisjoint(WRAPPERS):
+        checkpoint = {"net": content}
+    wrapper = next((key for key in WRAPPERS if is_state_dict(checkpoint.get(key))), None)
+    if wrapper is None:
+        raise UserError(
+            f"{path} is not a checkpoint: it is no state dict and has none as `net`, `state_dict` or `model`"
+        )
+    checkpoint = {"net": checkpoint.pop(wrapper)} | checkpoint
+    state = weights_of(checkpoint)
+    other = next((name for name, pattern in OTHERS.items() if _has(state, pattern)), None)
+    if other and (other != "torchreid" or _has(state, r"classifier\.")):
+        raise UserError(
+            f"{path} is a network of {other}, which is not built here: "
+            "evaluate its features instead, with test.py --features"
+        )
     return checkpoint
+
+
+def _as_dict(value: object) -> dict:
+    """A dict as it is, a Namespace's attributes, {} for anything else."""
+    if isinstance(value, argparse.Namespace):
+        return vars(value)
+    return value if isinstance(value, dict) else {}
 
 
 def fingerprint(checkpoint: dict) -> str:
@@ -88,7 +241,11 @@ def fingerprint(checkpoint: dict) -> str:
 
 
 def save_checkpoint(checkpoint: dict, path: str | os.PathLike) -> None:
-    """Write a checkpoint; path keeps its old content until the new file is complete."""
+    """Write a checkpoint, its weights contiguous; path keeps its old content until the new file is complete.
+
+    Training holds weights channels-last, which other formats (safetensors) refuse to store.
+    """
+    checkpoint = checkpoint | {"net": {key: value.contiguous() for key, value in checkpoint["net"].items()}}
     with whole_file(path) as temporary:
         try:
             torch.save(checkpoint, temporary)

@@ -3,9 +3,10 @@
 docs/method.md, section 4. The trunk is torchvision's; layer4 keeps layer3's resolution.
 """
 
+import copy
+import itertools
 import math
 import os
-import re
 from collections.abc import Iterable
 from urllib.error import URLError
 
@@ -13,8 +14,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from checkpoints import load_checkpoint, load_weights
+from checkpoints import load_checkpoint, network_of, weights_of
 from utils import UserError
 
 ARCHS = ("resnet50", "resnet18")
@@ -42,7 +44,9 @@ class NonLocal(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, K, H, W) -> (N, K, H, W)."""
         theta, phi, g = self.theta_phi_g(x).split(1, dim=1)  # each (N, 1, H, W)
-        y = theta * (phi * g).float().mean((2, 3), keepdim=True).to(theta.dtype)
+        y = theta * at_least_float32(phi * g).mean((2, 3), keepdim=True).type_as(theta)
+        if isinstance(self.bn, nn.Identity):  # folded into expand
+            return x + self.expand(y)
         return x + F.conv2d(y, *self.expand_and_normalise(y))
 
     def expand_and_normalise(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,6 +67,11 @@ class NonLocal(nn.Module):
         return weight.to(y.dtype), bias.to(y.dtype)
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """x in float32 if its precision is lower; else x itself, so that an exported graph has no idle casts."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 class GeM(nn.Module):
     """Generalised-mean pooling: (mean over positions of max(x, 1e-6)^p)^(1/p), p learnable; in float32."""
 
@@ -74,8 +83,26 @@ class GeM(nn.Module):
         """(N, K, H, W) -> (N, K) float32."""
         # Exponentials of logarithms take about half the time of pow and its gradient.
         with torch.autocast(x.device.type, enabled=False):  # powers in bfloat16 are too inexact
-            powers = self.p * x.float().clamp(min=1e-6).log()
+            powers = self.p * at_least_float32(x).clamp(min=1e-6).log()
             return ((powers.logsumexp((2, 3)) - math.log(x[0, 0].numel())) / self.p).exp()
+
+
+class PowerMean(nn.Module):
+    """(mean over positions of max(x, floor)^p + added)^(1/p): GeM with a constant p, for evaluation.
+
+    AGW's network has p = 3, floor = 0, added = 1e-12; its plain baseline the mean, p = 1. Exported graphs are
+    made of this form: some runtimes take ReduceLogSumExp, which GeM becomes, over the wrong axes.
+    """
+
+    def __init__(self, p: float, floor: float = 1e-6, added: float = 0.0):
+        super().__init__()
+        self.p, self.floor, self.added = p, floor, added
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, K, H, W) -> (N, K), float32 for lower precisions."""
+        with torch.autocast(x.device.type, enabled=False):
+            mean = at_least_float32(x).clamp(min=self.floor).pow(self.p).mean((2, 3))
+            return (mean + self.added if self.added else mean).pow(1 / self.p)
 
 
 def stem_of(resnet: nn.Module) -> nn.Sequential:
@@ -104,8 +131,8 @@ class TwoStreamResNet(nn.Module):
         arch: "resnet50" (D = 2048) or "resnet18" (D = 512).
         stem: "two-stream" (conv1 and bn1 per modality; visible and aux images share the visible one) or
             "shared" (one for all, as in the released code).
-        weights: initial weights: None (random), "imagenet", or a file with a state dict of torchvision or a
-            checkpoint of this project or the released code, whose shared stem fits either stem.
+        weights: initial weights: None (random), "imagenet", or a file: a state dict of torchvision, or a
+            network that from_checkpoint reads, of which a shared stem fits either stem.
 
     Raises:
         UserError: weights that cannot be found or do not fit.
@@ -117,11 +144,13 @@ class TwoStreamResNet(nn.Module):
             raise ValueError(f"arch is one of {ARCHS} and stem of {STEMS}, not {arch!r}, {stem!r}")
         self.arch, self.stem = arch, stem
         resnet = torchvision.models.get_model(arch)
-        initial = {}
-        if weights is not None:
-            initial = imagenet_weights(arch) if weights == "imagenet" else load_weights(weights)
-        if initial and "net" not in initial:
-            load_backbone(resnet, initial, f"--weights {weights}")
+        source, trained = f"--weights {weights}", None
+        if weights == "imagenet":
+            load_backbone(resnet, imagenet_weights(arch), source)
+        elif weights is not None:
+            trained = load_checkpoint(weights)
+            if "conv1.weight" in (state := weights_of(trained)):  # as torchvision calls it
+                trained = load_backbone(resnet, state, source)
         first = resnet.layer4[0]
         (first.conv2 if arch == "resnet50" else first.conv1).stride = (1, 1)
         first.downsample[0].stride = (1, 1)
@@ -136,8 +165,8 @@ class TwoStreamResNet(nn.Module):
         self.dim = resnet.fc.in_features
         self.neck = nn.BatchNorm1d(self.dim)
         self.neck.bias.requires_grad_(False)
-        if "net" in initial:
-            start_from(self, initial, f"--weights {weights}")
+        if trained:
+            start_from(self, trained, source)
 
     def pooled(
         self, visible: torch.Tensor | None = None, infrared: torch.Tensor | None = None
@@ -145,9 +174,11 @@ class TwoStreamResNet(nn.Module):
         """Images (N, 3, H, W) of either or both modalities -> pooled features (N, D), visible rows first."""
         streams = [(name, x) for name, x in (("visible", visible), ("infrared", infrared)) if x is not None]
         if self.stem == "shared":  # one pass, so that batch statistics cover all images
-            x = self.stems["shared"](torch.cat([x for _, x in streams]))
+            images = [x for _, x in streams]
+            x = self.stems["shared"](torch.cat(images) if len(images) > 1 else images[0])
         else:
-            x = torch.cat([self.stems[name](x) for name, x in streams])
+            maps = [self.stems[name](x) for name, x in streams]
+            x = torch.cat(maps) if len(maps) > 1 else maps[0]
         x = self.maxpool(x)
         return self.pool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
@@ -179,7 +210,6 @@ def with_non_local(layer: nn.Sequential, count: int) -> nn.Sequential:
 
 def load_backbone(resnet: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
     """Load a state dict of torchvision, without fc, into a torchvision ResNet; source is for messages."""
-    state = {key.removeprefix("module."): value for key, value in state.items()}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     # Old weights, such as torchvision's of 2017, have no num_batches_tracked.
     unneeded = {
@@ -202,6 +232,11 @@ def start_from(model: TwoStreamResNet, checkpoint: dict, source: str) -> None:
     for key, value in trained.state_dict().items():
         for stem in model.stems if "stems.shared." in key else ("",):
             state[key.replace("stems.shared.", f"stems.{stem}.")] = value
+    # What other networks lack begins as what they have instead: a constant exponent, no non-local blocks.
+    if isinstance(trained.pool, PowerMean):
+        state["pool.p"] = torch.tensor([trained.pool.p])
+    left_out = tuple(f"{name}." for name, part in trained.named_modules() if isinstance(part, nn.Identity))
+    state |= {k: v for k, v in model.state_dict().items() if left_out and k.startswith(left_out)}
     load_strictly(model, state, source)
 
 
@@ -224,60 +259,58 @@ def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str
 def from_checkpoint(path: str | os.PathLike) -> TwoStreamResNet:
     """The network of a checkpoint, in evaluation mode on the CPU.
 
-    path: a checkpoint of this project (its `args` say how to build the network) or of the released code
-    (always a shared stem; its class memories are ignored). Raises UserError, naming path, if it is missing,
-    not a checkpoint, or does not fit.
+    path: a checkpoint of this project (its `args` say how to build the network), of the released code (a
+    shared stem), or of AGW's family (two stems; the exponent of its pooling is the constant 3; its plain
+    baseline has no non-local blocks and takes the mean). Class memories, classifiers and what AGW's code does
+    not use are left out. Raises UserError, naming path, if it is missing, of anything else, or does not fit.
     """
     return build_model(load_checkpoint(path), path)
 
 
 def build_model(checkpoint: dict, path: str | os.PathLike) -> TwoStreamResNet:
     """The network of a checkpoint that is already loaded; path is for messages. See from_checkpoint."""
-    state = {key.removeprefix("module."): value for key, value in checkpoint["net"].items()}
-    if any(key.startswith("backbone.") for key in state):
-        arch, stem = "resnet50", "shared"
-        state = translate_released(state)
-    else:
-        args = checkpoint.get("args")
-        args = args if isinstance(args, dict) else {}
-        arch, stem = args.get("arch"), args.get("stem")
-        if arch not in ARCHS or stem not in STEMS:
-            raise UserError(
-                f"{path} is not a checkpoint of this project: its `args` have no known arch and stem"
-            )
+    arch, stem, pooling, state = network_of(checkpoint, path)
+    if arch not in ARCHS or stem not in STEMS:
+        raise UserError(
+            f"{path} holds no network of this project (its `args` have no known arch and stem), nor of the "
+            "released code or AGW's family; evaluate its features instead, with test.py --features"
+        )
     model = TwoStreamResNet(arch, stem)
+    if pooling != "gem":
+        model.pool = PowerMean(3.0, floor=0.0, added=1e-12) if pooling == "agw" else PowerMean(1.0, floor=0.0)
+    if pooling == "mean":
+        leave_out(model, [part for part in model.modules() if isinstance(part, NonLocal)])
     load_strictly(model, state, str(path))
     return model.eval()
 
 
-def translate_released(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the released network's weights; only backbone and neck are kept."""
-    translated, one_channel = {}, {}
-    first_with = {"2": 4 - 2, "3": 6 - 3}  # NL_2.k follows block 2 + k of layer2's four, NL_3.k 3 + k of six
-    for key, value in state.items():
-        key = key.removeprefix("backbone.")
-        if match := re.fullmatch(r"NL_([23])\.(\d)\.(.+)", key):
-            layer, k, rest = match.groups()
-            prefix = f"layer{layer}.{first_with[layer] + 2 * int(k) + 1}"
-            if match := re.fullmatch(r"(theta|phi|g\.0)\.(weight|bias)", rest):
-                one_channel[f"{prefix}.theta_phi_g.{match[2]}", match[1][:3]] = value
-            else:
-                rest = rest.replace("W.0.", "expand.").replace("W.1.", "bn.")
-                translated[f"{prefix}.{rest}"] = value
-        elif match := re.fullmatch(r"layer([23])\.(\d)\.(.+)", key):
-            layer, k = match[1], int(match[2])
-            # each non-local block shifts the blocks after it by one
-            translated[f"layer{layer}.{k + max(0, k - first_with[layer])}.{match[3]}"] = value
-        elif key.startswith(("conv1.", "bn1.")):
-            translated[key.replace("conv1", "stems.shared.0").replace("bn1", "stems.shared.1")] = value
-        elif key.startswith("bn_neck."):
-            translated[key.replace("bn_neck", "neck")] = value
-        elif key.startswith(("layer1.", "layer4.", "pool.")):
-            translated[key] = value
-    for key in {key for key, _ in one_channel}:
-        tensors = [one_channel[key, name] for name in ("the", "phi", "g.0") if (key, name) in one_channel]
-        translated[key] = torch.cat(tensors)
-    return translated
+def leave_out(network: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Put the identity in the place of each of parts."""
+    for module in network.modules():
+        for name, child in module.named_children():
+            if any(child is part for part in parts):
+                setattr(module, name, nn.Identity())
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """A copy of a network for evaluation alone, which gives the same features in less time.
+
+    Batch norms are folded into the convolutions before them, blocks that change nothing are left out, the
+    exponent of the pooling is a constant. Later changes of network do not reach the copy.
+    """
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    blocks = [part for part in network.modules() if isinstance(part, NonLocal)]
+    leave_out(network, [block for block in blocks if not block.bn.weight.any() and not block.bn.bias.any()])
+    for module in list(network.modules()):
+        children = list(module.named_children())
+        for (name, conv), (after, norm) in itertools.pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, after, nn.Identity())
+        for name, child in children:
+            if isinstance(child, GeM):
+                setattr(module, name, PowerMean(child.p.item()))
+    return network
 
 
 @torch.inference_mode()

@@ -1,8 +1,10 @@
 """checkpoints.py: files of strangers are read without running them, ours are whole or not at all."""
 
+import argparse
 import collections
 import io
 import os
+import pathlib
 import pickle
 import zipfile
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoints import load_checkpoint, load_weights, read_torch_file, save_checkpoint
+from checkpoints import load_checkpoint, read_torch_file, save_checkpoint
 from utils import UserError
 
 NET = {"conv1.weight": torch.arange(6.0).reshape(2, 3), "bn1.num_batches_tracked": torch.tensor(3)}
@@ -50,7 +52,12 @@ def test_code_is_refused_and_does_not_run(kind, legacy, tmp_path):
     }[kind]
     torch.save({"net": NET, "cmc": value}, path, _use_new_zipfile_serialization=not legacy)
     assert zipfile.is_zipfile(path) is not legacy
-    with pytest.raises(UserError, match=r"evil\.t is refused: it contains code, which is never run$"):
+    named = {
+        "os.system": "posix.system",
+        "open": "io.open",
+        "a class of its own": "collections.UserDict",
+    }.get(kind, kind)
+    with pytest.raises(UserError, match=rf"evil\.t is refused: it holds {named}, which is no plain data"):
         load_checkpoint(path)
     assert not trace.exists()
     if kind != "a class of its own":  # the attack is real: the ordinary unpickler runs it
@@ -116,11 +123,12 @@ def test_what_is_no_file_is_told(name, tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        NET,
+        {},
         {"net": {}},
         {"net": None},
         {"net": {"w": 1.0}},
-        {"state_dict": NET},
+        {"state_dict": {"epoch": 3}},
+        {"w": NET["conv1.weight"], "epoch": 3},
         [NET],
         torch.zeros(3),
         {"net": NET["conv1.weight"]},
@@ -128,7 +136,7 @@ def test_what_is_no_file_is_told(name, tmp_path):
 )
 def test_what_is_no_checkpoint_is_told(content, tmp_path):
     torch.save(content, tmp_path / "other.t")
-    with pytest.raises(UserError, match=r"other\.t is not a checkpoint: it has no `net`"):
+    with pytest.raises(UserError, match=r"other\.t is not a checkpoint: it is no state dict and has none"):
         load_checkpoint(tmp_path / "other.t")
 
 
@@ -179,21 +187,63 @@ def test_reading_allows_nothing_to_others(tmp_path):
     assert set(torch.serialization.get_safe_globals()) == before
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda net: net, lambda net: {"state_dict": net}, lambda net: {"model": net}]
-)
-def test_weights_are_read_bare_or_wrapped(wrap, tmp_path):
-    torch.save(wrap(NET), tmp_path / "weights.pth")
-    assert same(NET, load_weights(tmp_path / "weights.pth"))
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("key", ["net", "state_dict", "model", None])
+def test_weights_are_read_bare_or_wrapped(key, legacy, tmp_path):
+    content = NET if key is None else {"epoch": 3, key: NET}
+    torch.save(content, tmp_path / "weights.pth", _use_new_zipfile_serialization=not legacy)
+    assert same({"net": NET} | ({"epoch": 3} if key else {}), load_checkpoint(tmp_path / "weights.pth"))
 
 
-@pytest.mark.parametrize(
-    "content", [{}, [1], {"state_dict": {"epoch": 3}}, {"w": NET["conv1.weight"], "epoch": 3}]
-)
-def test_weights_that_are_none_are_told(content, tmp_path):
-    torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(UserError, match=r"weights\.pth holds no state dict$"):
-        load_weights(tmp_path / "weights.pth")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_plain_containers_are_read(legacy, tmp_path):
+    counts = collections.defaultdict(list, a=[1], b=[])
+    content = {
+        "net": NET,
+        "args": argparse.Namespace(img_h=288, log_path=pathlib.Path("log") / "run", lr=0.1),
+        "counts": counts,
+        "sums": collections.defaultdict(float, a=0.5),
+        "scheduler": {"milestones": collections.Counter([20, 50])},
+    }
+    torch.save(content, tmp_path / "run.t", _use_new_zipfile_serialization=not legacy)
+    found = load_checkpoint(tmp_path / "run.t")
+    args = vars(found["args"])
+    assert str(args.pop("log_path")) == os.path.join("log", "run")
+    assert args == {"img_h": 288, "lr": 0.1}
+    assert found["counts"] == {"a": [1], "b": []}
+    assert found["sums"] == {"a": 0.5}
+    assert found["scheduler"] == content["scheduler"]
+
+
+def test_a_whole_pickled_network_is_refused_by_the_name_of_its_class(tmp_path):
+    torch.save(torch.nn.BatchNorm1d(2), tmp_path / "run.t")
+    with pytest.raises(
+        UserError,
+        match=r"run\.t is refused: it holds torch\.nn\.modules\.batchnorm\.BatchNorm1d, .*state_dict",
+    ):
+        load_checkpoint(tmp_path / "run.t")
+
+
+OTHERS = {  # a few names of each network's state dict, from the repositories' code
+    "DEEN": [
+        "visible_module.visible.conv1.weight",
+        "DEE.FC11.weight",
+        "MFA1.CNL.g.weight",
+        "bottleneck.weight",
+    ],
+    "MPANet": ["backbone.conv1.weight", "spatial_attention.weight", "bn_neck.weight", "classifier.weight"],
+    "fast-reid": ["backbone.conv1.weight", "heads.bottleneck.0.weight", "heads.weight", "pixel_mean"],
+    "torchreid": ["conv1.conv.weight", "conv2.0.conv1.conv.weight", "fc.0.weight", "classifier.weight"],
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks_are_refused_by_name_with_the_way_out(name, prefix, tmp_path):
+    weights = {prefix + key: torch.zeros(1) for key in OTHERS[name]}
+    torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "best.t")
+    with pytest.raises(UserError, match=rf"best\.t is a network of {name}, .* test\.py --features$"):
+        load_checkpoint(tmp_path / "best.t")
 
 
 # --- what is written
@@ -205,6 +255,16 @@ def test_a_checkpoint_comes_back_and_needs_no_trust(tmp_path):
     save_checkpoint(checkpoint, path)
     assert same(checkpoint, torch.load(path, weights_only=True))
     assert os.listdir(path.parent) == ["run_last.t"]
+
+
+def test_weights_are_stored_contiguous(tmp_path):
+    """As safetensors wants them, however the network of a run holds them."""
+    weights = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last).state_dict()
+    assert not weights["weight"].is_contiguous()
+    save_checkpoint({"net": weights}, tmp_path / "run.t")
+    found = load_checkpoint(tmp_path / "run.t")["net"]
+    assert same(weights, found)
+    assert all(value.is_contiguous() for value in found.values())
 
 
 @pytest.mark.parametrize(

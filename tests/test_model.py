@@ -1,7 +1,7 @@
 """model.py against the released network's outputs and a plain non-local block."""
 
 import copy
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,16 +12,23 @@ import torch.nn.functional as F
 import torchvision
 
 from checkpoints import save_checkpoint
-from model import GeM, NonLocal, TwoStreamResNet, extract_features, from_checkpoint
+from model import GeM, NonLocal, PowerMean, TwoStreamResNet, extract_features, folded, from_checkpoint
 from utils import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def make_checkpoint(*words):
+    """Run tests/golden/make_checkpoint.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["make_checkpoint.py", *map(str, words)])
+        runpy.run_path(str(GOLDEN / "make_checkpoint.py"))
+
+
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     path = tmp_path_factory.mktemp("released") / "released.t"
-    subprocess.run([sys.executable, GOLDEN / "make_checkpoint.py", path], check=True)
+    make_checkpoint(path)
     return path
 
 
@@ -60,6 +67,88 @@ def test_a_released_checkpoint_without_some_weights_is_refused(released, tmp_pat
     torch.save(checkpoint, tmp_path / "broken.t")
     with pytest.raises(UserError, match=r"broken\.t does not fit.*theta_phi_g"):
         from_checkpoint(tmp_path / "broken.t")
+
+
+@pytest.mark.parametrize("wrap", ["model", None])
+def test_the_released_weights_are_read_bare_or_wrapped(wrap, released, tmp_path):
+    weights = torch.load(released, weights_only=False)["net"]
+    torch.save({wrap: weights} if wrap else weights, tmp_path / "run.t")
+    model, plain = from_checkpoint(tmp_path / "run.t"), from_checkpoint(released)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize(
+    "added", ["backbone.attention.fc.weight", "part_pool.weight", "backbone.NL_4.0.W.0.bias"]
+)
+def test_a_module_that_the_released_network_lacks_is_refused_by_name(added, released, tmp_path):
+    checkpoint = torch.load(released, weights_only=False)
+    checkpoint["net"][added] = torch.zeros(3)
+    torch.save(checkpoint, tmp_path / "more.t")
+    with pytest.raises(UserError, match=rf"more\.t has weights .*: {added}; .*--features"):
+        from_checkpoint(tmp_path / "more.t")
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """{kind: path} of AGW's own files: the network and its plain baseline."""
+    folder = tmp_path_factory.mktemp("family")
+    for kind in ("agw", "base"):
+        make_checkpoint(folder / f"{kind}.t", kind)
+    return {kind: folder / f"{kind}.t" for kind in ("agw", "base")}
+
+
+def agw_images(dtype):
+    rng = np.random.RandomState(7)
+    return [torch.tensor(rng.standard_normal((2, 3, 96, 48)).astype("f4"), dtype=dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["agw", "base"])
+@pytest.mark.parametrize("fold", [False, True])
+def test_agw_s_files_give_agw_s_outputs(kind, fold, family):
+    golden = np.load(GOLDEN / "agw.npz")
+    model = from_checkpoint(family[kind]).double()
+    assert (model.arch, model.stem, model.training) == ("resnet50", "two-stream", False)
+    with torch.no_grad():
+        outputs, pooled = (folded(model) if fold else model)(*agw_images(torch.float64), with_pooled=True)
+    np.testing.assert_allclose(F.normalize(pooled).numpy(), golden[f"{kind}_pool"], atol=1e-6)
+    np.testing.assert_allclose(F.normalize(outputs).numpy(), golden[f"{kind}_fc"], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["agw", "base"])
+def test_training_starts_from_agw_s_network(kind, family):
+    expected, model = outputs(from_checkpoint(family[kind])), TwoStreamResNet(weights=str(family[kind]))
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-3, atol=1e-3)
+    assert model.pool.p.item() == (3 if kind == "agw" else 1)
+    with pytest.raises(UserError, match=r"base\.t holds a resnet50 with a two-stream stem"):
+        TwoStreamResNet("resnet50", "shared", str(family["base"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_wrapped_and_in_a_legacy_file(dtype, family, tmp_path):
+    net = torch.load(family["agw"], weights_only=False)["net"]
+    net = {
+        f"module.{key}": value.to(dtype) if value.is_floating_point() else value for key, value in net.items()
+    }
+    torch.save({"state_dict": net}, tmp_path / "half.t", _use_new_zipfile_serialization=False)
+    model = from_checkpoint(tmp_path / "half.t")
+    assert model.neck.weight.dtype == torch.float32
+    same = (F.normalize(outputs(model)) * F.normalize(outputs(from_checkpoint(family["agw"])))).sum(1)
+    assert same.min() > 0.999
+
+
+def test_agw_s_wide_non_local_blocks_and_other_additions_are_refused(family, tmp_path):
+    checkpoint = torch.load(family["agw"], weights_only=False)
+    for key, shape in (("theta", (256, 512, 1, 1)), ("phi", (256, 512, 1, 1)), ("g.0", (256, 512, 1, 1))):
+        checkpoint["net"][f"NL_2.0.{key}.weight"] = torch.zeros(shape)
+    torch.save(checkpoint, tmp_path / "wide.t")
+    with pytest.raises(UserError, match=r"wide\.t: its non-local blocks have 256 inner channels"):
+        from_checkpoint(tmp_path / "wide.t")
+    checkpoint = torch.load(family["base"], weights_only=False)
+    checkpoint["net"]["part_attention.weight"] = torch.zeros(2)
+    torch.save(checkpoint, tmp_path / "more.t")
+    with pytest.raises(UserError, match=r"more\.t has weights .*: part_attention\.weight"):
+        from_checkpoint(tmp_path / "more.t")
 
 
 def test_non_local_is_the_quadratic_block():
@@ -118,6 +207,47 @@ def test_gem_is_its_formula_and_stays_finite_in_bfloat16():
         pooled = GeM()(x.bfloat16())
     assert pooled.dtype == torch.float32
     assert torch.isfinite(pooled).all()
+
+
+def test_power_mean_is_gem_for_evaluation():
+    x = torch.randn(2, 4, 3, 2)
+    x[0, 0] = -1
+    torch.testing.assert_close(PowerMean(2.7)(x), GeM(2.7)(x))
+    torch.testing.assert_close(PowerMean(1.0, floor=0.0)(x), x.clamp(min=0).mean((2, 3)))
+    expected = ((x.clamp(min=0) ** 3).mean((2, 3)) + 1e-12) ** (1 / 3)
+    torch.testing.assert_close(PowerMean(3.0, 0.0, 1e-12)(x), expected)
+
+
+@pytest.mark.parametrize(("arch", "stem"), [("resnet50", "shared"), ("resnet18", "two-stream")])
+def test_folding_changes_no_feature_and_leaves_the_network_as_it_was(arch, stem):
+    torch.manual_seed(0)
+    model = TwoStreamResNet(arch, stem).eval()
+    randomise_batch_norms(model)
+    model.layer2[-1].bn.weight.data.zero_()  # a block that changes nothing …
+    model.layer3[-1].bn.weight.data.zero_()
+    model.layer3[-1].bn.bias.data.normal_()  # … and one that does
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    double, expected = folded(model.double()), outputs(model.double(), torch.float64)
+    torch.testing.assert_close(outputs(double, torch.float64), expected, rtol=1e-9, atol=1e-9)
+    kinds = {type(module) for module in double.modules()}
+    assert torch.nn.BatchNorm2d not in kinds
+    assert isinstance(double.layer2[-1], torch.nn.Identity)
+    assert isinstance(double.layer3[-1], NonLocal)
+    model.float()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_folding_in_lower_precision_costs_no_more_than_the_precision():
+    torch.manual_seed(0)
+    model = TwoStreamResNet("resnet18").eval()
+    randomise_batch_norms(model)
+    images = torch.randn(4, 3, 64, 32)
+    exact = extract_features(model, [images], "visible")
+    for network in (model, folded(model)):
+        low = extract_features(network, [images], "visible", dtype=torch.bfloat16)
+        assert (low * exact).sum(1).min() > 0.999
 
 
 @pytest.mark.parametrize(
@@ -187,9 +317,9 @@ def test_weights_that_do_not_fit_or_are_none_are_refused(tmp_path):
         TwoStreamResNet("resnet18", weights=str(tmp_path / "gone.pth"))
 
 
-def outputs(model):
+def outputs(model, dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
-    images = torch.randn(2, 2, 3, 32, 16, generator=generator)
+    images = torch.randn(2, 2, 3, 32, 16, generator=generator).to(dtype)
     with torch.no_grad():
         return model.eval()(images[0], images[1])
 
@@ -254,7 +384,7 @@ def test_our_checkpoint_rebuilds_the_network(tmp_path):
     with pytest.raises(UserError, match=r"b\.t does not fit"):
         from_checkpoint(tmp_path / "b.t")
     save_checkpoint({"net": model.state_dict()}, tmp_path / "c.t")
-    with pytest.raises(UserError, match=r"c\.t is not a checkpoint of this project"):
+    with pytest.raises(UserError, match=r"c\.t holds no network of this project"):
         from_checkpoint(tmp_path / "c.t")
 
 
