@@ -78,6 +78,20 @@ def test_read_image_turns_images_upright(tmp_path):
     assert pixels[20:].min() > 215
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB", "P"])
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_tiff_that_lies_on_its_side_is_turned_whole(tmp_path, mode, orientation):
+    """Pillow 11 to 13 cut the rows of an uncompressed one at wrong places, if it is opened by its name."""
+    stored = Image.radial_gradient("L").crop((0, 0, 40, 24)).convert(mode)
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    for name in ("a.tif", "a.png"):
+        stored.save(tmp_path / name, exif=exif)
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "a.tif", 32, 16), read_image(tmp_path / "a.png", 32, 16)
+    )
+
+
 def truncated(path):
     draw_images(path.parent, 1, (64, 64))
     path.write_bytes((path.parent / "0000.png").read_bytes()[:400])

@@ -70,6 +70,7 @@ def test_the_arrays_hold_the_training_images(root):
         assert f"{number} {modality} images" in result.stdout
     assert arrays.pids == [3, 5, 8]
     assert "3 identities" in result.stdout
+    assert result.stderr == ""  # no bar in a pipe
 
 
 def test_output_and_the_underscored_flags(root, tmp_path, run_here):
@@ -126,6 +127,19 @@ def test_a_second_run_replaces_the_first(root, run_here):
     assert run_here("--data-path", root, "--img-h", 24, "--img-w", 8)[0] == 0
     paths = {modality: part.paths for modality, part in train_samples("sysu", root).items()}
     assert open_training_arrays(root, 24, 8, paths).images["visible"].shape == (13, 24, 8, 3)
+
+
+def test_arrays_of_another_size_are_replaced_with_a_word(root, run_here):
+    small, large = (("--data-path", root, "--img-h", h, "--img-w", 8) for h in (24, 32))
+    assert run_here(*small) == (0, "")
+    assert run_here(*small) == (0, "")  # the same size is not spoken of
+    status, errors = run_here(*large)
+    assert status == 0
+    assert errors.splitlines() == [
+        f"{root}/train_{word}_resized_img.npy: its {number} images of 24x8 are replaced by 32x8"
+        for word, number in (("rgb", 12), ("ir", 6))
+    ]
+    assert open_training_arrays(root, 32, 8).images["visible"].shape == (12, 32, 8, 3)
 
 
 def test_the_pixel_range_is_found_told_given_and_kept(root, run_here):
