@@ -15,6 +15,7 @@ from data_manager import (
     dataset_root,
     gallery_samples,
     query_samples,
+    refuse_shared,
     train_samples,
 )
 from evaluation.protocols import Evaluation, Protocol
@@ -498,6 +499,28 @@ def test_gallery_of_no_images(tmp_path):
             for file in (root / f"cam{camid}/{pid:04d}").iterdir():
                 file.unlink()
     refused(lambda: gallery_samples("sysu", root, "indoor"), root, "visible")
+
+
+def test_files_of_other_suffixes_are_named(tmp_path, caplog):
+    root = small_sysu(tmp_path)
+    for name in ("cam1/0003/0004.avif", "cam2/0012/0009.heic", "cam4/0003/0008.avif", "cam1/0099/1.avif"):
+        write(root / name)
+    train_samples("sysu", root)
+    assert caplog.messages == [
+        f"{root}: not read: 2 files .avif (cam1/0003/0004.avif), 1 files .heic (cam2/0012/0009.heic)"
+    ]
+
+
+def test_copies_in_a_published_dataset_are_warned_of(tmp_path, caplog):
+    """Nobody can change the authors' files, so a run goes on: two trials here, of which one has copies."""
+    root = regdb(tmp_path)
+    for name in ("Visible/0/photo 1 é.bmp", "Thermal/103/photo 2 é.bmp"):
+        write(root / name, "one picture")
+    write(root / "idx/train_visible_2.txt", "Visible/3/photo 1 é.bmp 3")
+    for trial in (1, 2):
+        refuse_shared("regdb", root, trial)
+    (warning,) = caplog.messages
+    assert "byte for byte: Thermal/103/photo 2 é.bmp is Visible/0/photo 1 é.bmp" in warning
 
 
 # --- RegDB

@@ -1,9 +1,10 @@
-"""own_data.py: own images from folders or a CSV, split in three ways; what is wrong is told in one line."""
+"""readers/own.py: own images from folders or a CSV, split in three ways; one line says what is wrong."""
 
 import logging
 import os
 import re
 import shlex
+import unicodedata
 
 import numpy as np
 import pytest
@@ -13,9 +14,18 @@ from test_data_manager import keys, refused, write
 
 import synthetic
 from checkpoints import load_checkpoint
-from data_manager import DATASETS, dataset_root, gallery_samples, query_samples, read_split, train_samples
+from data_manager import (
+    DATASETS,
+    dataset_root,
+    gallery_samples,
+    query_samples,
+    read_split,
+    refuse_shared,
+    train_samples,
+)
 from evaluation.protocols import Evaluation, Protocol
 from readers.own import draw_split, numbers
+from retrieval.embeddings import find_images
 from tools.check import check
 
 V2I, I2V = DATASETS["folder"].modes
@@ -81,6 +91,125 @@ def test_linked_identities_are_read(tmp_path):
         (root / modality / "bob").symlink_to(tmp_path / f"{modality} bob")
     write(root / "test_identities.txt", "bob")
     assert len(query_samples("folder", root)) == 2
+
+
+def test_what_is_really_the_same_folder_is_walked_once(tmp_path, caplog):
+    """Links back into the folder multiply no image, and none changes its identity or modality."""
+    root = people(tmp_path / "data", ("ann", "bob", "cid", "dan"))
+    write(root / "test_identities.txt", "bob\ndan")
+    write(root / "contact sheet.jpg")
+    expected = {split: read_split("folder", root, split) for split in ("train", "test")}
+    (root / "visible/ann/a loop").symlink_to(root / "visible/ann")
+    (root / "visible/ann/to everything").symlink_to(root)
+    (root / "visible/ann/to infrared").symlink_to(root / "infrared")
+    (root / "visible/aaron").symlink_to(root / "visible/bob")  # before bob, who keeps his images
+    (root / "visible/cid/itself").symlink_to("itself")
+    for split, parts in expected.items():
+        for modality, samples in parts.items():
+            assert keys(read_split("folder", root, split)[modality]) == keys(samples)
+    (warning,) = caplog.messages
+    assert "4 folders that are walked already, through a link (visible/aaron)" in warning
+    (root / "visible/eve").symlink_to(tmp_path / "elsewhere")
+    write(tmp_path / "elsewhere/deeper/1.jpg")
+    assert len(find_images(root, "--images").paths) == 18
+    assert paths_of(read_split("folder", root, "test")["visible"], root) == paths_of(
+        expected["test"]["visible"], root
+    )
+
+
+def test_what_is_passed_over_is_named_with_its_number(tmp_path, caplog):
+    root = people(tmp_path)
+    write(root / "test_identities.txt", "bob\ndan")
+    expected = keys(query_samples("folder", root))
+    for waste in ("@eaDir/b.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/b.jpg", "Thumbs/b.jpg", "#recycle/b.jpg"):
+        write(root / "visible" / waste)
+        write(root / "visible/bob" / waste)
+    for silent in (".thumbnails/b.jpg", ".AppleDouble/b.jpg", "._b.jpg", "Thumbs.db", ".@__thumb/b.jpg"):
+        write(root / "visible/bob" / silent)
+    assert keys(query_samples("folder", root)) == expected
+    for name in ("x.avif", "Y.AVIF", "notes.txt", "README"):
+        write(root / "visible/bob" / name)
+    assert keys(query_samples("folder", root)) == expected
+    assert caplog.messages == [
+        f"{root}: not read: 8 folders of thumbnails or waste (visible/#recycle)",
+        f"{root}: not read: 2 files .avif (visible/bob/Y.AVIF), 1 files .txt (visible/bob/notes.txt), "
+        "1 files without a suffix (visible/bob/README), 8 folders of thumbnails or waste (visible/#recycle)",
+    ]
+
+
+@pytest.mark.parametrize("layout", ["folders", "table"])
+def test_junk_is_nobody(tmp_path, caplog, layout):
+    """Pid -1, Market-1501's junk, is in no split, and tools.embed leaves it out."""
+    root = table(tmp_path, CSV) if layout == "table" else people(tmp_path)
+    if layout == "folders":
+        write(root / "test_identities.txt", "bob\ndan")
+    expected = [keys(query_samples("folder", root)), keys(train_samples("folder", root)["visible"])]
+    count = len(find_images(root, "--images").paths)
+    for modality in ("visible", "infrared"):
+        write(root / modality / "-1/1.jpg")
+        write(root / modality / "-1_c1s1_000401_03.jpg")
+    if layout == "table":
+        for split in ("train", "test"):
+            lines = [
+                f"{modality}/-1/{split}.jpg,-1,door,{modality},{split}"
+                for modality in ("visible", "infrared")
+            ]
+            table(root, "\n".join([(root / "images.csv").read_text().strip(), *lines]))
+        found = find_images(root / "images.csv", "--images")
+        assert len(found.paths) == 4
+        assert "4 images of pid -1, junk, are left out" in caplog.text
+    assert [keys(query_samples("folder", root)), keys(train_samples("folder", root)["visible"])] == expected
+    assert len(find_images(root, "--images").paths) == count
+    assert "4 of pid -1, junk" in caplog.text
+
+
+def test_the_camera_in_a_files_name_is_read(tmp_path):
+    root = people(tmp_path)
+    write(root / "test_identities.txt", "bob\ndan")
+    names = (
+        "c2_0001.jpg",
+        "0002_c3s1_000451_03.jpg",
+        "0005_c04_s185535_f7010_vis.jpg",
+        "disc7_1.jpg",
+        "c9.jpg",
+    )
+    for name in names:
+        write(root / "visible/bob" / name)
+    camids = dict(
+        zip(*(lambda s: (paths_of(s, root), s.camids.tolist()))(query_samples("folder", root)), strict=True)
+    )
+    assert [camids[f"visible/bob/{name}"] for name in names] == [2, 3, 4, 0, 0]
+
+
+def test_copies_in_training_and_test_are_refused(tmp_path):
+    """The same picture under another name is found by its content."""
+    root = people(tmp_path)
+    write(root / "test_identities.txt", "bob\ndan")
+    write(root / "visible/ann/b.jpg", "one picture")
+    write(root / "visible/bob/new.jpg", "two picture")  # as long
+    refuse_shared("folder", root)
+    write(root / "infrared/dan/later.jpg", "one picture")
+    words = (
+        "1 test images are also training images, byte for byte: infrared/dan/later.jpg is visible/ann/b.jpg"
+    )
+    refused(lambda: refuse_shared("folder", root), words)
+    refused(lambda: Evaluation(root, [Protocol("folder", V2I)], [0], 8, 8), words)
+    assert any(words in line for line in check("folder", root)[0] if line.startswith("problem: "))
+
+
+def test_two_unicode_forms_of_a_name(tmp_path):
+    """macOS writes é as e and an accent: another name elsewhere, that looks the same."""
+    composed, apart = (unicodedata.normalize(form, "josé") for form in ("NFC", "NFD"))
+    root = table(tmp_path / "paths", CSV.replace("a/1.png", f"{composed}.png"))
+    query_samples("folder", root)
+    (root / f"{composed}.png").rename(root / f"{apart}.png")
+    refused(lambda: query_samples("folder", root), "images.csv, line 2", "another Unicode form, NFD")
+    (tmp_path / "list.txt").write_text(str(root / f"{composed}.png"), encoding="utf-8")
+    refused(lambda: find_images(tmp_path / "list.txt", "--images"), "another Unicode form, NFD")
+    root = people(tmp_path / "pids", ("ann", "bob", composed))
+    (root / "visible" / composed).rename(root / "visible" / apart)
+    write(root / "test_identities.txt", "bob")
+    refused(lambda: train_samples("folder", root), "two Unicode forms", ascii(composed), ascii(apart))
 
 
 def test_split_folders(tmp_path):

@@ -48,10 +48,9 @@ def check(name: str, root: str | os.PathLike, workers: int = 1) -> tuple[list[st
     lines += [f"problem: {problem}" for problem in problems]
     lines += [f"note: {root}: {note}" for note in (not_taken(name, root, paths) if paths else ())]
     if wrong and not problems:
-        most = len(np.unique(splits[next(iter(splits))]["visible"].pids))
         lines.append(
-            f"note: {root}: a part of {DATASETS[name].title} or a synthetic one has other counts: train.py works "
-            f"with it, with up to {most} identities in a batch, and test.py, but results cannot be compared"
+            f"note: {root}: other counts are right for a part of {DATASETS[name].title} or a synthetic one: "
+            "train.py works with it, with a --batch-size up to its identities; results cannot be compared"
         )
     complete = not wrong and not problems
     lines.append("complete" if complete else f"not complete: {wrong} counts differ, {len(problems)} problems")
