@@ -152,9 +152,11 @@ class Run:
 
         Call it when a run is continued; save does. Raises UserError: a file cannot be written.
         """
+        if not history:  # of a run that begins, or that an earlier version finished
+            return
         with whole_file(self.history) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in history), encoding="utf-8")
-        for line in lines_of(history[-1]) if history else ():
+        for line in lines_of(history[-1]):
             if line not in self._logged:
                 log.info("%s", line)
                 self._logged.add(line)

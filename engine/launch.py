@@ -130,6 +130,9 @@ def train_run(
             log.info("%s is finished: %d epochs", run.last, progress.epoch)
             if args.data_path != (began := checkpoint["args"].get("data_path")):  # moved, or another dataset
                 log.warning("it was trained on what was in %s", began or Path("data", args.dataset))
+            if first and not args.check:
+                run.open_log({})
+                run.publish(progress.history)
             return progress.result
         if checkpoint is None and first and not args.overwrite:
             run.refuse_to_overwrite(args.epochs)

@@ -77,7 +77,8 @@ def heading(checkpoints: Sequence[Mapping], evaluation: Evaluation) -> list[str]
 
     titles = {name: dataset.title for name, dataset in DATASETS.items()}
     settings = [checkpoint.get("args", {}) for checkpoint in checkpoints]
-    siblings = f" and {len(checkpoints) - 1} siblings" if len(checkpoints) > 1 else ""
+    more = len(checkpoints) - 1
+    siblings = f" and {more} sibling{'s' if more > 1 else ''}" if more else ""
     trained_on = _distinct(titles.get(own.get("dataset"), "an unknown dataset") for own in settings)
     epochs = ", ".join(str(checkpoint.get("epoch", "unknown")) for checkpoint in checkpoints)
     of = _distinct(f" of {own['epochs']}" for own in settings if "epochs" in own)

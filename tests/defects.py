@@ -95,8 +95,9 @@ the memory is rebuilt in training mode
 + means = {}
 
 the memory is rebuilt in a process's first epoch only
-- if args.loss == "mce":  # the baselines have no memory
-+ if args.loss == "mce" and epoch == 0:
+- rebuild_memory(training, epoch)
++ if epoch == 0:
++     rebuild_memory(training, epoch)
 
 the memory forgets the last batch of a modality
 - counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
@@ -104,11 +105,11 @@ the memory forgets the last batch of a modality
 +     counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
 
 the later of equal epochs is the best
-- args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
-+ args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP >= training.best["mAP"])
+- args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP > progress.best["mAP"])
++ args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP >= progress.best["mAP"])
 
 every epoch is the best
-- args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
+- args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP > progress.best["mAP"])
 + args.select != "last" and epoch > 0
 
 == engine/training.py, test_train.py
@@ -185,14 +186,14 @@ gradients are each process's own
 == train.py, test_fake_cuda.py
 
 a step looks at its loss
-- history.append(torch.stack([total, *(terms[name] for name in names)]).detach())
-+ history.append(torch.stack([total, *(terms[name] for name in names)]).detach())
+- self.history.append(torch.stack([total, *(terms[name] for name in self.names)]).detach())
++ self.history.append(torch.stack([total, *(terms[name] for name in self.names)]).detach())
 + if total.item() > 1e6:
-+     break
++     return
 
 a step copies its losses to the host
-- history.append(torch.stack([total, *(terms[name] for name in names)]).detach())
-+ history.append(torch.stack([total, *(terms[name] for name in names)]).detach().cpu())
+- self.history.append(torch.stack([total, *(terms[name] for name in self.names)]).detach())
++ self.history.append(torch.stack([total, *(terms[name] for name in self.names)]).detach().cpu())
 
 the memory's sums are on the host
 - counts = sums.new_zeros(len(sums), 1)

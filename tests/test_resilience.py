@@ -1,6 +1,8 @@
 """A run is killed, stopped, starved of disk and fed rubbish. pytest --kills N: more kills."""
 
 import errno
+import itertools
+import json
 import os
 import pickle
 import random
@@ -97,6 +99,16 @@ def epochs_of(log):
     return [line for line in lines if line.startswith(("epoch ", "  SYSU-MM01"))]
 
 
+def numbers_of(history):
+    """The records of a history, without what is a measure of time or tells of one process."""
+    records = [json.loads(line) for line in history.read_text().splitlines()]
+    for record in records:
+        for key in ("seconds", "images_per_second", "gigabytes", "made_with"):
+            del record[key]
+        record.get("evaluation", {}).pop("seconds", None)
+    return records
+
+
 def scalars_of(events):
     """{tag: [(step, value)]} as TensorBoard shows them, without what is a measure of time."""
     accumulator = EventAccumulator(str(events), size_guidance={"scalars": 0}).Reload()
@@ -145,6 +157,9 @@ def test_killed_runs_end_as_one_left_alone(sysu, tmp_path, pytestconfig):
             for key, value in moments.items():
                 assert torch.equal(last["optimizer"]["state"][index][key], value)
         assert epochs_of(only(run, "log/sysu_log/*.log")) == epochs_of(only(alone, "log/sysu_log/*.log"))
+        assert numbers_of(only(run, "log/sysu_log/*.jsonl")) == numbers_of(
+            only(alone, "log/sysu_log/*.jsonl")
+        )
         assert scalars_of(only(run, "log/vis_log/*")) == scalars_of(only(alone, "log/vis_log/*"))
         assert not list(run.glob("save_model/.*.part"))
     assert len(epochs_of(only(alone, "log/sysu_log/*.log"))) == EPOCHS + EPOCHS // 2
@@ -207,6 +222,31 @@ def test_an_evaluation_costs_no_epoch_whatever_ends_it(sysu, train_here, monkeyp
         ours, expected = (load_checkpoint(only(Path(), f"{f}/*_{which}.t")) for f in ("save_model", "alone"))
         assert ours["best"] == expected["best"]
         assert all(torch.equal(ours["net"][name], value) for name, value in expected["net"].items())
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])  # after epoch 1, its evaluation, epoch 2, its evaluation
+def test_what_was_saved_but_not_logged_is_logged_when_the_run_is_continued(sysu, train_here, monkeypatch, at):
+    flags = [*tiny_flags(sysu), "--epochs", 2, "--eval-start", 0, "--eval-every", 1]
+    calls, publish = itertools.count(), Run.publish
+
+    def killed(run, history):
+        if next(calls) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        publish(run, history)
+
+    monkeypatch.setattr(Run, "publish", killed)
+    assert train_here(*flags)[0] == 143
+    for _ in range(2):  # the second time nothing is left to do
+        assert train_here(*flags, "--resume", "auto")[0] == 0
+    log = only(Path(), "log/sysu_log/*.log")
+    found = [line for line in epochs_of(log) if line.startswith(("epoch", "  SYSU"))]
+    begins = ["epoch 1/2: loss", "  SYSU-MM01", "epoch 2/2: loss", "  SYSU-MM01"]
+    assert [line[: len(begin)] for line, begin in zip(found, begins, strict=True)] == begins
+    records = [json.loads(line) for line in log.with_suffix(".jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert all(f"after epoch {k + 1}: " in found[2 * k + 1] for k in range(2))
+    commands = [record["made_with"]["command"].endswith("--resume auto") for record in records]
+    assert commands == [False, at < 3]
 
 
 def test_a_signal_stops_the_decoding_of_images(tmp_path, train_here, monkeypatch):

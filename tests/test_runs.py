@@ -260,6 +260,21 @@ def test_resuming_a_file_takes_its_settings_and_stays_in_its_folder(tmp_path):
     assert (run.last, checkpoint["epoch"]) == (last, 2)
 
 
+def test_every_setting_of_a_run_is_read_again():
+    settings = OTHER | {"dataset": "regdb", "trial": "3"}
+    known = settings | {"command": ["--lr", "7"], "of_another_version": [1]}  # neither is a flag
+    assert settings_to_resume({"args": known}, "run_last.t") == settings
+
+
+def test_only_what_was_typed_is_typed(tmp_path):
+    words = ["--lr", "0.00035", "--img_h=64", "--no-aux", "--decay-epochs", "20", "40"]  # some are defaults
+    expected = {"lr": 3.5e-4, "img_h": 64, "no_aux": True, "decay_epochs": [20, 40], "command": words}
+    assert typed_settings(words) == expected
+    last = trained(tmp_path, "--lr 0.1")
+    with pytest.raises(UserError, match=r"^--lr 0\.00035 contradicts .*_last\.t, whose run has 0\.1$"):
+        open_run(typed_settings(["--resume", str(last), "--lr", "0.00035"]))
+
+
 def test_any_pixel_range_of_a_run_is_read_again():
     for values in ([-3.1e-05, 1.0], [-2.5e-300, 1e300], [51241.0, 52181.0], [-7.0, -1.5]):
         assert settings_to_resume({"args": {"pixel_range": values}}, "run_last.t") == {"pixel_range": values}

@@ -1,10 +1,14 @@
+import dataclasses
 import functools
+import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,13 +29,14 @@ from plain_training import (
 import synthetic
 import train
 from checkpoints import load_checkpoint, save_checkpoint
-from data_manager import train_samples
+from data_manager import DATASETS, train_samples
 from engine import launch
 from engine.events import Board
 from engine.files import Run
 from engine.settings import STATE, open_run, parse_args, typed_settings
 from engine.training import Progress, build_evaluation
 from eval_metrics import Metrics
+from loss import WEIGHTS
 from train import evaluate_if_due, fit, learning_rate, rebuild_memory, train_one_epoch
 
 TERMS = ("shared", "visible", "infrared", "aux", "align", "center")
@@ -304,6 +309,41 @@ def test_a_run_writes_its_files_and_no_others(trained):
     assert logged[3].startswith("training data: 8 identities, 58 visible, 30 infrared images of 32x16, ")
     assert len(logged[3].rpartition(" ")[2]) == 16
     assert [line[20:] for line in trained[1].stdout.splitlines()][-len(logged) :] == logged
+
+
+def test_a_run_writes_a_line_of_json_for_each_epoch(trained):
+    path = only(trained[0], "log/sysu_log/*.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert [record["rate"] for record in records] == pytest.approx([3.5e-5, 7e-5])
+    for record in records:
+        assert list(record["loss"]) == ["total", *TERMS]
+        total = sum(weight * record["loss"][name] for name, weight in WEIGHTS.items())
+        assert record["loss"]["total"] == pytest.approx(total, rel=1e-5)
+        assert record["steps"] == 8
+        speed = 3 * 4 * 2 * record["steps"] / record["seconds"]["steps"]
+        assert record["images_per_second"] == pytest.approx(speed)
+        assert 0 <= record["seconds"]["waiting"] < record["seconds"]["steps"]
+        assert 0 < record["gigabytes"]["process"] < 100
+        assert record["made_with"].keys() == {"command", "versions", "network", "device"}
+    last = load_checkpoint(only(trained[0], "save_model/*_last.t"))
+    assert last["history"] == records
+    metrics = {"rank-1": last["cmc"][0], "rank-10": last["cmc"][9], "mAP": last["mAP"], "mINP": last["mINP"]}
+    assert records[1]["evaluation"]["metrics"] == metrics
+    assert records[0]["evaluation"]["best"]
+
+
+@pytest.mark.parametrize(("patience", "said"), [(0, [2, 4]), (60, [])])
+def test_without_a_terminal_an_epoch_speaks_now_and_then(sysu, monkeypatch, caplog, patience, said):
+    monkeypatch.setattr(train, "LOOK_EVERY", 2)
+    monkeypatch.setattr(train, "SPEAK_EVERY", patience)
+    training = start_training(sysu, "--epochs", 160)
+    monkeypatch.setattr(train.log, "propagate", True)
+    caplog.set_level("INFO", train.log.name)
+    caplog.clear()
+    take_steps(training, 5)
+    pattern = r"  epoch 1, step (\d) of 8: loss \d+\.\d{3}, \d+ images/s, [\d:]+ left"
+    assert [int(re.fullmatch(pattern, line)[1]) for line in caplog.messages] == said
 
 
 def test_checkpoints_are_read_without_running_code_and_hold_the_result(trained):
@@ -733,6 +773,29 @@ def test_a_process_continues_no_trial_that_the_first_one_is_about_to_remove(
     continued.clear()
     assert train_here(*trial_flags(tmp_path), "--overwrite")[0] == 0
     assert continued == 10 * [None]
+
+
+def test_all_trials_are_headed_once_and_have_a_mean(tmp_path, train_here, monkeypatch):
+    monkeypatch.setitem(DATASETS, "regdb", dataclasses.replace(DATASETS["regdb"], trials=(1, 2)))
+    synthetic.draw_dataset(synthetic.plan_regdb(4, 2, 2, 0), tmp_path / "regdb", 0, height=32, width=16)
+    flags = [*tiny_flags(tmp_path / "regdb"), *trial_flags("models"), "--epochs", 0]
+    status, output, errors = train_here(*flags)
+    assert (status, errors) == (0, [])
+    said = [line[20:] for line in output.splitlines()]
+    counts = {
+        name: sum(line.startswith(f"{name}: ") for line in said) for name in ("versions", "network", "run")
+    }
+    assert counts == {"versions": 1, "network": 1, "run": 2}
+    for log in Path("log/regdb_log").glob("*.log"):  # which is read alone
+        assert {"versions", "network", "run"} <= {
+            line[20:].split(": ")[0] for line in log.read_text().splitlines()
+        }
+    maps = [100 * load_checkpoint(path)["mAP"] for path in Path("models").glob("*_last.t")]
+    expected = f"mAP {statistics.mean(maps):.2f} ± {statistics.stdev(maps):.2f}"
+    assert said[-1].startswith("RegDB, mean of 2 trials: rank-1 ")
+    assert expected in said[-1]
+    status, output, _ = train_here(*flags, "--resume", "auto")  # finished runs count too
+    assert output.splitlines()[-1][20:] == said[-1]
 
 
 def test_all_trials_cannot_continue_the_run_of_one(tmp_path, train_here):
