@@ -4,7 +4,7 @@ A checkpoint of this project is a dict:
 
 - `net`: the network's state dict. `args`: {flag: value} that it was trained with; arch and stem rebuild it.
 - `epoch cmc mAP mINP`: the last evaluation. `protocol best selection data`: what else an evaluation repeats.
-- `loss optimizer scaler evaluated world_size`: what continuing a run needs beside these (TRAINING).
+- `loss optimizer scaler evaluated world_size`: what continuing a run needs beside these (STATE).
 
 Other people's files have the weights under `net`, `state_dict` or `model`, or nothing else. docs/runtimes.md
 lists the networks that are read.
@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from numpy._core import multiarray  # NumPy 1.26 has it too
 
-from utils import UserError, whole_file
+from data_manager import DATASETS
+from utils import UserError, log, whole_file
 
-TRAINING = {
+STATE = {
     "loss", "optimizer", "scaler", "epoch", "evaluated", "best", "cmc", "mAP", "mINP", "data", "world_size",
 }  # fmt: skip
 FACTS = ("epoch", "selection", "protocol", "best", "data")  # what an evaluation repeats of them
@@ -97,6 +98,11 @@ def is_agw(checkpoint: dict) -> bool:
     return _has(weights_of(checkpoint), r"visible_module\.visible\.")
 
 
+def is_others(checkpoint: dict) -> bool:
+    """Whether a checkpoint is of the released code or of AGW's family."""
+    return _has(weights_of(checkpoint), r"backbone\.") or is_agw(checkpoint)
+
+
 def _has(state: dict, pattern: str) -> bool:
     return any(re.match(pattern, key) for key in state)
 
@@ -135,6 +141,54 @@ def _renamed(state: dict, names: dict[str, str | None], path: str | os.PathLike)
             )
         renamed[key] = torch.cat([parts[name] for name in ("theta", "phi", "g.0") if name in parts])
     return renamed
+
+
+# --- what it says of itself
+
+
+def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
+    """The settings that a checkpoint was trained with, by train.py's flags; of other people's, their sizes.
+
+    Raises UserError, naming path, if a setting that evaluation reads is invalid.
+    """
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    valid = {
+        "dataset": lambda value: isinstance(value, str) and value in DATASETS,
+        "img_h": lambda value: number(value) and value >= 8,
+        "img_w": lambda value: number(value) and value >= 8,
+        "amp": lambda value: value in ("auto", "bf16", "fp16", "off"),
+        "trial": lambda value: value is None or (isinstance(value, str) and value.isdecimal()),
+        "pixel_range": lambda value: value is None or (len(value) == 2 and all(map(number, value))),
+    }
+    settings = _as_dict(checkpoint.get("args"))
+    if is_others(checkpoint):  # their flags of the same names need not mean the same
+        settings = {key: settings[key] for key in ("img_h", "img_w") if key in settings}
+    for key, holds in valid.items():
+        try:
+            good = key not in settings or holds(settings[key])
+        except TypeError:  # no length, say
+            good = False
+        if not good:
+            raise UserError(f"{path}: invalid settings: {key} {settings[key]!r}")
+    return settings
+
+
+def image_size(
+    checkpoint: dict, path: str | os.PathLike, height: int | None, width: int | None, dataset: str
+) -> tuple[int, int]:
+    """Height and width of a network's images: as typed, else as the checkpoint says, else its family's.
+
+    AGW's family does not say them (AGW_SIZE; the log tells), the released code takes the dataset's.
+    """
+    saved, usual = saved_settings(checkpoint, path), (DATASETS[dataset].height, DATASETS[dataset].width)
+    if is_agw(checkpoint):
+        usual = AGW_SIZE
+        if not (height or "img_h" in saved) or not (width or "img_w" in saved):
+            log.info("%s does not say its images' size: %dx%d, unless --img-h and --img-w do", path, *usual)
+    return height or saved.get("img_h", usual[0]), width or saved.get("img_w", usual[1])
 
 
 # --- files

@@ -43,7 +43,7 @@ def _own_modules() -> Iterator[None]:
 def mce(checkpoint: str | os.PathLike) -> torch.nn.Module:
     """The Embedder of a checkpoint: image files or PIL images of a modality to unit features (N, D).
 
-    checkpoint: a file of this project's or of the released code's. On the CPU and in evaluation mode;
+    checkpoint: of this project, the released code or AGW's family. On the CPU and in evaluation mode;
     `.to("cuda")` moves it. retrieval/embeddings.py documents its call. UserError: not a checkpoint.
     """
     with _own_modules():

@@ -24,6 +24,7 @@ from devices import Processes, select_device
 from evaluation.exports import save_features, save_json, save_mat
 from evaluation.models import Model, build_evaluation, embed_models, evaluation_flags, parse_and_find
 from evaluation.protocols import Evaluation, Features
+from evaluation.runtimes import RUNTIMES
 from evaluation.tables import STYLES, Results, heading, results_table, table_rows
 from utils import Parser, UserError, log, log_to_terminal, refuse_unwritable, run_script
 
@@ -39,8 +40,9 @@ def get_args_parser() -> Parser:
     add = parser.add_argument
     add(
         "--resume", required=True, metavar="FILE",
-        help="a checkpoint, ours or the released code's; RegDB: of one trial, or with {trial} in its name",
+        help="a checkpoint, ours or that of others; RegDB: of one trial, or with {trial} in its name",
     )  # fmt: skip
+    add("--runtime", choices=RUNTIMES, default="torch", help="what computes the features, on the CPU (torch)")
     add("--flip", action="store_true", help="add rows with the mean feature of an image and its mirror")
     add = parser.add_argument_group("outputs").add_argument
     add("--format", choices=STYLES, default="text", help="format of the table (text)")
@@ -72,7 +74,7 @@ def score_rows(
     flips = (False, True) if args.flip else (False,)
     variants = [(flip, rerank) for flip in flips for rerank in dict.fromkeys((None, *args.rerank))]
     results: Results = {(protocol, *row): [] for protocol in evaluation.protocols for row in variants}
-    for _, trial, _, features in embed_models(args, models, evaluation, device, args.flip):
+    for _, trial, _, features in embed_models(args, models, evaluation, device, args.flip, args.runtime):
         for flip, rerank in variants:
             chosen = {m: unit[int(flip)] if args.flip else unit for m, unit in features.items()}
             for protocol, metrics in evaluation.score(chosen, rerank, trial).items():

@@ -7,17 +7,13 @@ from decimal import Decimal
 from pathlib import Path
 
 from augmentation import PAD
-from checkpoints import load_checkpoint
+from checkpoints import STATE, load_checkpoint, saved_settings
 from data_manager import DATASETS
 from engine.files import MAY_CHANGE, Run, run_name
 from evaluation.protocols import mode_name
 from loss import BASELINE_WEIGHTS, LOSSES, MARGIN, PROXIES, WEIGHTS
 from model import ARCHS, STEMS
 from utils import Parser, UserError, at_least, data_flags, device_flags, positive, seed_number
-
-STATE = {
-    "loss", "optimizer", "scaler", "epoch", "evaluated", "best", "cmc", "mAP", "mINP", "data", "world_size",
-}  # fmt: skip
 
 
 def get_args_parser() -> Parser:
@@ -272,9 +268,7 @@ def settings_to_resume(checkpoint: dict, path: str | os.PathLike) -> dict[str, o
     Raises:
         UserError: a setting that the command line would refuse; the message names path.
     """
-    settings, parser, words = checkpoint.get("args"), get_args_parser(), []
-    if not isinstance(settings, dict):
-        return {}
+    settings, parser, words = saved_settings(checkpoint, path), get_args_parser(), []
     known = settings.keys() & vars(parser.parse_args([])).keys()
     for key in sorted(known):
         flag, value = "--" + key.replace("_", "-"), settings[key]

@@ -1,20 +1,21 @@
 """What test.py and tools.report share: their flags, the checkpoints that they evaluate, and the features."""
 
 import argparse
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import data_manager
-from checkpoints import load_checkpoint
+from checkpoints import FACTS, image_size, load_checkpoint, saved_settings
 from data_manager import DATASETS, Samples
 from devices import Processes, autocast_dtype
 from evaluation.protocols import Evaluation, Features, Protocol, mode_name
-from model import TwoStreamResNet, build_model
+from evaluation.runtimes import for_evaluation
+from model import build_model
 from reranking import RERANKING
 from utils import Parser, UserError, data_flags, device_flags, log
 
@@ -32,8 +33,7 @@ class Model:
 
     def facts(self) -> dict[str, object]:
         """Path, trials and what the checkpoint records about itself."""
-        kept = ("epoch", "selection", "protocol", "best", "data")
-        recorded = {key: self.checkpoint[key] for key in kept if key in self.checkpoint}
+        recorded = {key: self.checkpoint[key] for key in FACTS if key in self.checkpoint}
         return {"path": str(self.path), "trials": self.trials, "args": self.settings} | recorded
 
 
@@ -89,42 +89,14 @@ def parse_and_find(
     facts = DATASETS[typed.dataset]  # filled in by find_models
     modes = ["all"] if typed.dataset == "sysu" else list(facts.modes)
     parser.set_defaults(dataset=typed.dataset, trial=typed.trial or "all", mode=modes)
-    parser.set_defaults(img_h=facts.height, img_w=facts.width)
-    parser.set_defaults(**{key: saved[key] for key in ("img_h", "img_w", "amp") if key in saved})
+    first = models[0]
+    height, width = image_size(first.checkpoint, first.path, typed.img_h, typed.img_w, typed.dataset)
+    parser.set_defaults(img_h=height, img_w=width)
+    parser.set_defaults(**{key: saved[key] for key in ("amp",) if key in saved})
     args = parser.parse_args(command)
     if args.ignore_same_camera and args.dataset != "folder":
         raise UserError(f"--ignore-same-camera is for own images; {facts.title} has its own rule")
     return args, models
-
-
-def saved_settings(checkpoint: dict, path: str | os.PathLike) -> dict[str, object]:
-    """The settings that a checkpoint was trained with, by train.py's flags; {} for the released code's.
-
-    Raises UserError, naming path, if a setting that evaluation reads is invalid.
-    """
-
-    def number(value: object) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-
-    valid = {
-        "dataset": lambda value: isinstance(value, str) and value in DATASETS,
-        "img_h": lambda value: number(value) and value >= 8,
-        "img_w": lambda value: number(value) and value >= 8,
-        "amp": lambda value: value in ("auto", "bf16", "fp16", "off"),
-        "trial": lambda value: value is None or (isinstance(value, str) and value.isdecimal()),
-        "pixel_range": lambda value: value is None or (len(value) == 2 and all(map(number, value))),
-    }
-    settings = checkpoint.get("args")
-    if not isinstance(settings, dict):
-        return {}
-    for key, holds in valid.items():
-        try:
-            good = key not in settings or holds(settings[key])
-        except TypeError:  # no length, say
-            good = False
-        if not good:
-            raise UserError(f"{path}: invalid settings: {key} {settings[key]!r}")
-    return settings
 
 
 def find_models(args: argparse.Namespace, resume: str, dataset: str | None = None) -> list[Model]:
@@ -231,7 +203,7 @@ def refuse_trained_on(model: Model, root: Path) -> None:
     The released code's checkpoints record no trial: their names do.
     """
     own_trial = model.settings.get("trial") if model.settings.get("dataset") == "regdb" else None
-    if not model.settings and (in_name := TRIAL_IN_NAME.search(model.path.name)):
+    if "dataset" not in model.settings and (in_name := TRIAL_IN_NAME.search(model.path.name)):
         own_trial = in_name[0].removeprefix("_trial_")
     if not own_trial:
         return
@@ -256,12 +228,13 @@ def embed_models(
     evaluation: Evaluation,
     device: torch.device,
     flip: bool = False,
-) -> Iterator[tuple[Model, int | None, TwoStreamResNet, Features]]:
+    runtime: str = "torch",
+) -> Iterator[tuple[Model, int | None, nn.Module, Features]]:
     """Yield each model, its trial (None: all of them), its network, and the features of all images.
 
-    flip: the features are (2, N, D), see model.extract_features.
+    flip: the features are (2, N, D), see model.extract_features. runtime: see runtimes.for_evaluation.
     """
-    dtype, processes = autocast_dtype(args.amp, device), Processes()
+    dtype, processes = autocast_dtype(args.amp, device) if runtime == "torch" else None, Processes()
     for model in models:
         trial = model.trials[0] if len(models) > 1 else None
         pixel_range = model.settings.get("pixel_range")
@@ -270,7 +243,8 @@ def embed_models(
             evaluation.pixels.clear()
         if len(models) > 1 and not evaluation.pixels:  # RegDB's trials share most images
             evaluation.load(args.workers, processes)
-        network = build_model(model.checkpoint, model.path).to(device, memory_format=torch.channels_last)
+        size = args.img_h, args.img_w
+        network = for_evaluation(build_model(model.checkpoint, model.path), device, runtime, size, args.amp)
         features = evaluation.features(
             network, device, dtype, args.test_batch, args.workers, processes, trial, flip
         )

@@ -15,12 +15,10 @@ from PIL import Image
 from torch import nn
 
 from augmentation import normalize, pinned
-from checkpoints import fingerprint, load_checkpoint
+from checkpoints import fingerprint, image_size, load_checkpoint, saved_settings
 from data_loader import read_ahead
-from data_manager import DATASETS
-from evaluation.models import saved_settings
 from images import PixelRange, read_image, readable_batches, to_pixels
-from model import TwoStreamResNet, build_model, extract_features
+from model import TwoStreamResNet, build_model, extract_features, folded
 from readers.lists import JUNK, Finder, is_image, other_form, refuse_separator, warn_once
 from retrieval.shards import COLUMNS, known_columns
 from utils import UserError
@@ -57,7 +55,7 @@ class Embedder(nn.Module):
             raise ValueError(f"modality is visible or infrared, not {modality!r}")
         if isinstance(images, str | os.PathLike | Image.Image) or not len(images):
             raise ValueError("images is a list of at least one image file or PIL image")
-        device = self.network.neck.weight.device
+        device = self.device
 
         def batches() -> Iterator[torch.Tensor]:
             for start in range(0, len(images), BATCH):
@@ -65,6 +63,11 @@ class Embedder(nn.Module):
                 yield normalize(torch.from_numpy(pixels).to(device))
 
         return extract_features(self.network, batches(), modality)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is; the CPU for one in another runtime."""
+        return next((weight.device for weight in self.network.parameters()), torch.device("cpu"))
 
     def pixels(self, image: str | os.PathLike | Image.Image) -> np.ndarray:
         """An image file or a PIL image as the network wants it: (height, width, 3) uint8 RGB."""
@@ -77,15 +80,14 @@ def open_embedder(
 ) -> tuple[Embedder, dict[str, object]]:
     """The Embedder of a checkpoint, on the CPU, and the settings that it was trained with.
 
-    height, width: of the images; None: what the checkpoint says, or SYSU-MM01's. UserError naming path: not a
-    checkpoint of this project or of the released code.
+    height, width: of the images; None: see checkpoints.image_size. UserError naming path: no network that
+    model.from_checkpoint reads.
     """
     checkpoint = load_checkpoint(path)
     saved = saved_settings(checkpoint, path)
-    height = height or saved.get("img_h", DATASETS["sysu"].height)
-    width = width or saved.get("img_w", DATASETS["sysu"].width)
-    pixel_range = saved.get("pixel_range")
-    return Embedder(build_model(checkpoint, path), height, width, pixel_range, fingerprint(checkpoint)), saved
+    size = image_size(checkpoint, path, height, width, saved.get("dataset", "sysu"))
+    network = folded(build_model(checkpoint, path))
+    return Embedder(network, *size, saved.get("pixel_range"), fingerprint(checkpoint)), saved
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +183,7 @@ def embed_files(
     Images are read ahead of the network; dtype: autocast's, None for float32; failures as readable_batches.
     UserError: the network gives NaN or infinity.
     """
-    network, device = embedder.network, embedder.network.neck.weight.device
+    network, device = embedder.network, embedder.device
 
     def batches() -> Iterator[tuple[torch.Tensor | None, list[int], list[str]]]:
         with contextlib.closing(readable_batches(paths, embedder.pixels, batch_size, workers)) as parts:

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = ("readers", "evaluation", "engine", "retrieval", "reporting", "synthetic", "tools")
 LIBRARY = (  # each may import those before it
-    "utils", "devices", "checkpoints", "readers.formats", "images", "augmentation", "readers",
-    "readers.lists", "readers.samples", "readers.sysu", "readers.regdb", "readers.llcm", "readers.own",
-    "readers.ranges", "readers.arrays", "data_manager", "data_loader", "memory", "loss", "model", "reranking",
+    "utils", "devices", "readers.formats", "images", "augmentation", "readers", "readers.lists",
+    "readers.samples", "readers.sysu", "readers.regdb", "readers.llcm", "readers.own", "readers.ranges",
+    "readers.arrays", "data_manager", "checkpoints", "data_loader", "memory", "loss", "model", "reranking",
     "eval_metrics", "evaluation", "engine", "retrieval", "reporting", "synthetic.people", "synthetic",
     "tools.commands",
 )  # fmt: skip

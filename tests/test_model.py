@@ -1,35 +1,16 @@
-"""model.py against the released network's outputs and a plain non-local block."""
+"""model.py against a plain non-local block, its formulas, torchvision's weights, and itself when folded."""
 
 import copy
-import runpy
-import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import outputs
 
 from checkpoints import save_checkpoint
 from model import GeM, NonLocal, PowerMean, TwoStreamResNet, extract_features, folded, from_checkpoint
 from utils import UserError
-
-GOLDEN = Path(__file__).parent / "golden"
-
-
-def make_checkpoint(*words):
-    """Run tests/golden/make_checkpoint.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["make_checkpoint.py", *map(str, words)])
-        runpy.run_path(str(GOLDEN / "make_checkpoint.py"))
-
-
-@pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    path = tmp_path_factory.mktemp("released") / "released.t"
-    make_checkpoint(path)
-    return path
 
 
 def randomise_batch_norms(model):
@@ -38,117 +19,6 @@ def randomise_batch_norms(model):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
             torch.nn.init.normal_(module.running_mean, std=0.1)
-
-
-def test_the_released_checkpoint_gives_the_released_outputs(released):
-    golden = np.load(GOLDEN / "backbone.npz")
-    model = from_checkpoint(released)
-    assert (model.arch, model.stem, model.training) == ("resnet50", "shared", False)
-    images = torch.tensor(np.random.RandomState(33).standard_normal((3, 3, 96, 48)), dtype=torch.float32)
-    with torch.no_grad():
-        np.testing.assert_allclose(model.pooled(visible=images).numpy(), golden["raw"], atol=1e-4, rtol=1e-4)
-    features = extract_features(model, [images[:2], images[2:]], "infrared")
-    np.testing.assert_allclose(features.numpy(), golden["y"], atol=1e-4)
-
-
-def test_class_memories_and_wrappers_in_a_released_checkpoint_are_left_out(released, tmp_path):
-    checkpoint = torch.load(released, weights_only=False)
-    net = {f"module.{key}": value for key, value in checkpoint["net"].items()}
-    checkpoint["net"] = net | {"module.memory_rgb.features": torch.zeros(4, 2048)}
-    torch.save(checkpoint, tmp_path / "wrapped.t")
-    model, plain = from_checkpoint(tmp_path / "wrapped.t"), from_checkpoint(released)
-    for key, value in plain.state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
-
-
-def test_a_released_checkpoint_without_some_weights_is_refused(released, tmp_path):
-    checkpoint = torch.load(released, weights_only=False)
-    del checkpoint["net"]["backbone.NL_2.1.phi.weight"]
-    torch.save(checkpoint, tmp_path / "broken.t")
-    with pytest.raises(UserError, match=r"broken\.t does not fit.*theta_phi_g"):
-        from_checkpoint(tmp_path / "broken.t")
-
-
-@pytest.mark.parametrize("wrap", ["model", None])
-def test_the_released_weights_are_read_bare_or_wrapped(wrap, released, tmp_path):
-    weights = torch.load(released, weights_only=False)["net"]
-    torch.save({wrap: weights} if wrap else weights, tmp_path / "run.t")
-    model, plain = from_checkpoint(tmp_path / "run.t"), from_checkpoint(released)
-    for key, value in plain.state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
-
-
-@pytest.mark.parametrize(
-    "added", ["backbone.attention.fc.weight", "part_pool.weight", "backbone.NL_4.0.W.0.bias"]
-)
-def test_a_module_that_the_released_network_lacks_is_refused_by_name(added, released, tmp_path):
-    checkpoint = torch.load(released, weights_only=False)
-    checkpoint["net"][added] = torch.zeros(3)
-    torch.save(checkpoint, tmp_path / "more.t")
-    with pytest.raises(UserError, match=rf"more\.t has weights .*: {added}; .*--features"):
-        from_checkpoint(tmp_path / "more.t")
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """{kind: path} of AGW's own files: the network and its plain baseline."""
-    folder = tmp_path_factory.mktemp("family")
-    for kind in ("agw", "base"):
-        make_checkpoint(folder / f"{kind}.t", kind)
-    return {kind: folder / f"{kind}.t" for kind in ("agw", "base")}
-
-
-def agw_images(dtype):
-    rng = np.random.RandomState(7)
-    return [torch.tensor(rng.standard_normal((2, 3, 96, 48)).astype("f4"), dtype=dtype) for _ in range(2)]
-
-
-@pytest.mark.parametrize("kind", ["agw", "base"])
-@pytest.mark.parametrize("fold", [False, True])
-def test_agw_s_files_give_agw_s_outputs(kind, fold, family):
-    golden = np.load(GOLDEN / "agw.npz")
-    model = from_checkpoint(family[kind]).double()
-    assert (model.arch, model.stem, model.training) == ("resnet50", "two-stream", False)
-    with torch.no_grad():
-        outputs, pooled = (folded(model) if fold else model)(*agw_images(torch.float64), with_pooled=True)
-    np.testing.assert_allclose(F.normalize(pooled).numpy(), golden[f"{kind}_pool"], atol=1e-6)
-    np.testing.assert_allclose(F.normalize(outputs).numpy(), golden[f"{kind}_fc"], atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["agw", "base"])
-def test_training_starts_from_agw_s_network(kind, family):
-    expected, model = outputs(from_checkpoint(family[kind])), TwoStreamResNet(weights=str(family[kind]))
-    torch.testing.assert_close(outputs(model), expected, rtol=1e-3, atol=1e-3)
-    assert model.pool.p.item() == (3 if kind == "agw" else 1)
-    with pytest.raises(UserError, match=r"base\.t holds a resnet50 with a two-stream stem"):
-        TwoStreamResNet("resnet50", "shared", str(family["base"]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_weights_wrapped_and_in_a_legacy_file(dtype, family, tmp_path):
-    net = torch.load(family["agw"], weights_only=False)["net"]
-    net = {
-        f"module.{key}": value.to(dtype) if value.is_floating_point() else value for key, value in net.items()
-    }
-    torch.save({"state_dict": net}, tmp_path / "half.t", _use_new_zipfile_serialization=False)
-    model = from_checkpoint(tmp_path / "half.t")
-    assert model.neck.weight.dtype == torch.float32
-    same = (F.normalize(outputs(model)) * F.normalize(outputs(from_checkpoint(family["agw"])))).sum(1)
-    assert same.min() > 0.999
-
-
-def test_agw_s_wide_non_local_blocks_and_other_additions_are_refused(family, tmp_path):
-    checkpoint = torch.load(family["agw"], weights_only=False)
-    for key, shape in (("theta", (256, 512, 1, 1)), ("phi", (256, 512, 1, 1)), ("g.0", (256, 512, 1, 1))):
-        checkpoint["net"][f"NL_2.0.{key}.weight"] = torch.zeros(shape)
-    torch.save(checkpoint, tmp_path / "wide.t")
-    with pytest.raises(UserError, match=r"wide\.t: its non-local blocks have 256 inner channels"):
-        from_checkpoint(tmp_path / "wide.t")
-    checkpoint = torch.load(family["base"], weights_only=False)
-    checkpoint["net"]["part_attention.weight"] = torch.zeros(2)
-    torch.save(checkpoint, tmp_path / "more.t")
-    with pytest.raises(UserError, match=r"more\.t has weights .*: part_attention\.weight"):
-        from_checkpoint(tmp_path / "more.t")
 
 
 def test_non_local_is_the_quadratic_block():
@@ -317,13 +187,6 @@ def test_weights_that_do_not_fit_or_are_none_are_refused(tmp_path):
         TwoStreamResNet("resnet18", weights=str(tmp_path / "gone.pth"))
 
 
-def outputs(model, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(3)
-    images = torch.randn(2, 2, 3, 32, 16, generator=generator).to(dtype)
-    with torch.no_grad():
-        return model.eval()(images[0], images[1])
-
-
 @pytest.mark.parametrize(
     ("stem", "into"), [("two-stream", "two-stream"), ("shared", "shared"), ("shared", "two-stream")]
 )
@@ -336,12 +199,6 @@ def test_training_starts_from_a_trained_network(stem, into, tmp_path):
     model = TwoStreamResNet("resnet18", into, str(tmp_path / "run.t"))
     assert model.stem == into
     torch.testing.assert_close(outputs(model), outputs(trained))
-
-
-def test_training_starts_from_the_released_codes_network_with_either_stem(released):
-    expected = outputs(from_checkpoint(released))
-    for stem in ("shared", "two-stream"):
-        torch.testing.assert_close(outputs(TwoStreamResNet("resnet50", stem, str(released))), expected)
 
 
 @pytest.mark.parametrize(("arch", "stem"), [("resnet18", "shared"), ("resnet50", "two-stream")])

@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from devices import Processes, autocast_dtype, select_device
+from evaluation.runtimes import RUNTIMES, for_evaluation
 from retrieval.embeddings import Found, embed_files, find_images, open_embedder
 from retrieval.shards import (
     COLUMNS,
@@ -54,7 +55,7 @@ def get_args_parser() -> Parser:
     )
     parser.set_defaults(amp=None)
     parser.add_argument(
-        "--resume", required=True, metavar="FILE", help="a checkpoint, ours or the released code's"
+        "--resume", required=True, metavar="FILE", help="a checkpoint: ours, the released code's or AGW's"
     )
     parser.add_argument(
         "--images", required=True, metavar="DIR|LIST.txt|TABLE.csv",
@@ -65,6 +66,9 @@ def get_args_parser() -> Parser:
         "--modality", required=True, choices=("visible", "infrared"), help="of all the images"
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="of the embeddings")
+    parser.add_argument(
+        "--runtime", choices=RUNTIMES, default="torch", help="what embeds, on the CPU (torch)"
+    )
     parser.add_argument("--img-h", type=at_least(8), metavar="PIXELS", help="(the checkpoint's)")
     parser.add_argument("--img-w", type=at_least(8), metavar="PIXELS", help="(the checkpoint's)")
     return parser
@@ -178,7 +182,10 @@ def main(args: argparse.Namespace) -> int:
     embedder, saved = open_embedder(args.resume, args.img_h, args.img_w)
     processes = Processes()
     device = select_device(args.gpu)  # with torchrun each process has its own GPU, or all share that of --gpu
-    dtype = autocast_dtype(args.amp or saved.get("amp", "auto"), device)
+    amp, size = args.amp or saved.get("amp", "auto"), (embedder.height, embedder.width)
+    if args.runtime != "torch":
+        embedder.network = for_evaluation(embedder.network, device, args.runtime, size, args.amp or "auto")
+    dtype = autocast_dtype(amp, device) if args.runtime == "torch" else embedder.network.dtype
     manifest = Manifest(
         fingerprint=embedder.fingerprint,
         dim=embedder.network.dim,

@@ -3,8 +3,9 @@
     python -m tools.export --resume RUN_best.t --output model.onnx
 
 writes model_visible.onnx and model_infrared.onnx, or model.onnx alone where both modalities share a stem.
-Input: images (N, height, width, 3) uint8 RGB, resized. Output: unit features (N, D) float32. Every graph is
-checked with ONNX Runtime against torch, on images, before any is written. docs/runtimes.md shows their use.
+Input: images (N, height, width, 3) RGB of 0 to 255, resized. Output: unit features (N, D) float32. Every
+graph is compared with torch, on images, before any is written; model_check.npz has these images and their
+features, to compare in any other runtime. docs/runtimes.md shows their use.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
@@ -13,25 +14,22 @@ if __name__ == "__main__":  # before torch is imported, which takes long from a 
     refuse_missing_checkpoints()
 
 import argparse
-import io
 import sys
-import warnings
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from augmentation import MEAN, STD
-from model import TwoStreamResNet
-from retrieval.embeddings import Embedder, find_images, open_embedder
+from augmentation import normalize
+from evaluation.runtimes import RUNTIMES, Graph, open_graph, to_onnx
+from model import extract_features
+from retrieval.embeddings import find_images, open_embedder
 from utils import Parser, UserError, at_least, log, log_to_terminal, run_script, whole_file
 
-SMALLEST_COSINE = 0.99999  # between ONNX Runtime's and torch's feature of an image, both in float32
+LARGEST_DIFFERENCE = 1e-4  # of a number of a feature, both in float32
+LARGEST_DEVIATION = 1e-4  # of a feature's length from 1
 CHECKED = 16  # images
-OPSET = 17  # ONNX Runtime has it since 1.12
 
 
 def get_args_parser() -> Parser:
@@ -40,73 +38,63 @@ def get_args_parser() -> Parser:
         prog="python -m tools.export", description="Export a checkpoint's network as ONNX graphs, checked."
     )
     parser.add_argument(
-        "--resume", required=True, metavar="FILE", help="a checkpoint, ours or the released code's"
+        "--resume", required=True, metavar="FILE", help="a checkpoint: ours, the released code's or AGW's"
     )
     parser.add_argument("--output", required=True, metavar="FILE.onnx", help="a stem's name is put in")
     parser.add_argument(
         "--images", metavar="DIR", help="images to check with (data/<dataset>, of the checkpoint's dataset)"
     )
+    parser.add_argument(
+        "--check", choices=RUNTIMES[1:], default="onnx", help="the runtime to check the graphs in (onnx)"
+    )
+    parser.add_argument(
+        "--input", choices=("uint8", "float32"), default="uint8",
+        help="the type of the pixels; converters to float16 need float32 (uint8)",
+    )  # fmt: skip
     parser.add_argument("--img-h", type=at_least(8), metavar="PIXELS", help="(the checkpoint's)")
     parser.add_argument("--img-w", type=at_least(8), metavar="PIXELS", help="(the checkpoint's)")
     return parser
 
 
-def runtime_module() -> ModuleType:
-    """ONNX Runtime; UserError, saying what to install, where it or ONNX is not there."""
-    try:
-        import onnx  # noqa: F401, torch's exporter asks for it
-        import onnxruntime
-    except ImportError as error:
-        raise UserError("tools.export needs ONNX and its runtime: pip install onnx onnxruntime") from error
-    return onnxruntime
+def check(found: np.ndarray, wanted: np.ndarray) -> tuple[str, bool]:
+    """What differs between two runtimes' unit features (N, D) of the same images, and whether that is little.
+
+    A cosine would not see a wrong length, nor two images that change places.
+    """
+    length = np.abs(np.linalg.norm(found.astype(np.float64), axis=1) - 1).max()
+    difference = np.abs(found - wanted).max()
+    alike, other = (features.astype(np.float64) @ features.T for features in (wanted, found))
+    for similarity in (alike, other):
+        np.fill_diagonal(similarity, -np.inf)
+    rows = np.arange(len(wanted))
+    lost = alike.max(1) - alike[rows, other.argmax(1)] if len(rows) > 1 else np.zeros(1)
+    kept = int((lost < LARGEST_DIFFERENCE).sum())  # another image that is as near is no change
+    words = (
+        f"lengths within {length:.1e} of 1, largest difference {difference:.1e}, "
+        f"nearest neighbour kept by {kept} of {len(lost)}"
+    )
+    good = length < LARGEST_DEVIATION and difference < LARGEST_DIFFERENCE and kept == len(lost)
+    return words, bool(good)
 
 
-class Graph(nn.Module):
-    """What is exported: images (N, H, W, 3) uint8 RGB -> unit features (N, D) float32, of one modality."""
-
-    def __init__(self, network: TwoStreamResNet, modality: str):
-        super().__init__()
-        self.network, self.modality = network, modality
-        self.register_buffer("mean", 255 * torch.from_numpy(MEAN))
-        self.register_buffer("std", 255 * torch.from_numpy(STD))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise the pixels, embed them, normalise the features."""
-        pixels = ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
-        return F.normalize(self.network(**{self.modality: pixels}))
+def compare(graph: bytes, runtime: str, pixels: np.ndarray, wanted: np.ndarray) -> tuple[str, bool]:
+    """Check a graph in a runtime on images (N, H, W, 3): one, all, and one again, in a single session."""
+    run = open_graph(graph, runtime)
+    one, many, again = run(pixels[:1]), run(pixels), run(pixels[:1])
+    words, good = check(many, wanted)
+    for single in (one, again):
+        good = good and check(single, wanted[:1])[1]
+    return words, good
 
 
-def export_graph(embedder: Embedder, modality: str) -> bytes:
-    """The ONNX file of a modality, for batches of any size of images of the embedder's size."""
-    example = torch.zeros(2, embedder.height, embedder.width, 3, dtype=torch.uint8)
-    file = io.BytesIO()
-    with warnings.catch_warnings(), torch.inference_mode():
-        # Of torch's two exporters the older one, which needs ONNX alone; the check tells whether it erred.
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            Graph(embedder.network, modality).eval(), (example,), file, dynamo=False, opset_version=OPSET,
-            input_names=["images"], output_names=["features"],
-            dynamic_axes={"images": {0: "n"}, "features": {0: "n"}},
-        )  # fmt: skip
-    return file.getvalue()
-
-
-def smallest_cosine(graph: bytes, embedder: Embedder, paths: list[str], modality: str) -> float:
-    """The smallest cosine, over the images at paths, between ONNX Runtime's features and torch's."""
-    session = runtime_module().InferenceSession(graph, providers=["CPUExecutionProvider"])
-    pixels = np.stack([embedder.pixels(path) for path in paths])
-    parts = [part for part in (pixels[:1], pixels[1:]) if len(part)]  # batches of one and of many
-    found = np.concatenate([session.run(["features"], {"images": part})[0] for part in parts])
-    wanted = embedder(paths, modality).numpy().astype(np.float64)
-    found = found.astype(np.float64)
-    lengths = np.linalg.norm(wanted, axis=1) * np.linalg.norm(found, axis=1)
-    return float(((wanted * found).sum(1) / lengths).min())
+def torch_features(network: nn.Module, pixels: np.ndarray, modality: str) -> np.ndarray:
+    """Unit features (N, D) of images (N, H, W, 3) uint8, by torch in float32."""
+    return extract_features(network, [normalize(torch.from_numpy(pixels))], modality).numpy()
 
 
 def main(args: argparse.Namespace) -> None:
     """Export, check and write."""
     log_to_terminal(stream=sys.stderr)
-    runtime_module()
     output = Path(args.output)
     if output.suffix != ".onnx":
         raise UserError(f"--output {output}: a name that ends in .onnx")
@@ -115,19 +103,30 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--images DIR: give some images to check the graphs with")
     paths = find_images(args.images or Path("data", saved.get("dataset", "sysu")), "--images").paths
     paths = [paths[k] for k in np.unique(np.linspace(0, len(paths) - 1, CHECKED).astype(int))]
+    pixels = np.stack([embedder.pixels(path) for path in paths])
 
-    shared = embedder.network.stem == "shared"
-    graphs = {}
-    for modality in ("visible",) if shared else ("visible", "infrared"):
-        path = output if shared else output.with_name(f"{output.stem}_{modality}.onnx")
-        graphs[path] = export_graph(embedder, modality)
-        cosine = smallest_cosine(graphs[path], embedder, paths, modality)
-        log.info("%s: cosine with torch at least %.7f on %d images", path, cosine, len(paths))
-        if not cosine >= SMALLEST_COSINE:
-            raise UserError(f"{path} is not written: its features differ from torch's ({cosine:.7f})")
+    network = embedder.network
+    graphs, checked = {}, {"images": pixels.astype(args.input)}
+    for modality in ("visible",) if network.stem == "shared" else ("visible", "infrared"):
+        suffix = "" if network.stem == "shared" else f"_{modality}"
+        path = output.with_name(f"{output.stem}{suffix}.onnx")
+        example = torch.from_numpy(checked["images"][:1]).expand(2, -1, -1, -1)
+        graphs[path] = to_onnx(Graph(network, modality), example)
+        checked[f"features{suffix}"] = wanted = torch_features(network, pixels, modality)
+        words, good = compare(graphs[path], args.check, checked["images"], wanted)
+        log.info("%s in %s: %s (%d images)", path, args.check, words, len(paths))
+        if not good:
+            raise UserError(f"{path} is not written: its features differ from torch's ({words})")
     for path, graph in graphs.items():
         with whole_file(path) as temporary:
             temporary.write_bytes(graph)
+    path = output.with_name(f"{output.stem}_check.npz")
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **checked)
+    log.info(
+        "in any runtime: checked = np.load(%r); np.abs(YOURS(checked['images']) - checked[%r]).max() < %g",
+        str(path), list(checked)[1], LARGEST_DIFFERENCE,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
