@@ -34,6 +34,10 @@ class Draws:
     channel: np.ndarray  # (n,) the channel that replaces all channels; -1: none
     grey: np.ndarray  # (n,) bool: make the image grey
 
+    def rows(self, chosen: slice) -> "Draws":
+        """The choices for some of the images."""
+        return Draws(*(value if isinstance(value, int) else value[chosen] for value in vars(self).values()))
+
 
 def draw_augmentation(
     rng: np.random.Generator, n: int, height: int, width: int, modality: str, recipe: str, pad: int = PAD

@@ -24,27 +24,29 @@ _PURPOSES = ("identities", "images", "augmentation", "memory")
 Item = TypeVar("Item")
 
 
-def generator(seed: int, epoch: int, purpose: str, process: int = 0) -> np.random.Generator:
-    """A random generator. The same arguments give the same draws.
+def generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
+    """A random generator. The same arguments give the same draws, in every process.
 
     Args:
         seed: the run's.
         epoch: counted from 0.
         purpose: one of _PURPOSES, so that one kind of draw does not depend on how many another one makes.
-        process: the rank, for draws that differ between processes.
     """
-    return np.random.default_rng([seed, epoch, _PURPOSES.index(purpose), process])
+    return np.random.default_rng([seed, epoch, _PURPOSES.index(purpose)])
 
 
 class IdentityBatches:
     """Choose the images of each step of an epoch (docs/method.md, section 2); len() is the number of steps.
+
+    Every process draws the whole batch and takes its share, so that the number of processes changes no draw:
+    the attribute `whole` is the number of rows of the batch, `mine` the rows that are this process's.
 
     Args:
         labels: {"visible": (N,), "infrared": (M,)} int64, 0..C-1; -1: an image that is not trained on.
         batch_size: identities per step and process.
         num_pos: images per identity and modality.
         seed: of the draws.
-        rank, world_size: this process and the number of processes; no two share an identity in a step.
+        rank, world_size: this process and the number of processes that share the batch.
 
     Raises:
         UserError: all processes together need more identities than exist.
@@ -61,6 +63,8 @@ class IdentityBatches:
     ):
         self.batch_size, self.num_pos = batch_size, num_pos
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        rows = batch_size * num_pos
+        self.whole, self.mine = rows * world_size, slice(rank * rows, (rank + 1) * rows)
         self.classes = 1 + int(labels["visible"].max())
         if batch_size * world_size > self.classes:
             processes = f" in each of {world_size} processes" if world_size > 1 else ""
@@ -75,7 +79,7 @@ class IdentityBatches:
             self._counts[modality] = np.bincount(array[rows])
             self._first[modality] = self._counts[modality].cumsum() - self._counts[modality]
         most = max(map(len, self._rows.values()))
-        self._steps = most // (batch_size * num_pos * world_size) + 1
+        self._steps = most // self.whole + 1
 
     def __len__(self) -> int:
         return self._steps
@@ -83,16 +87,15 @@ class IdentityBatches:
     def epoch(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield (labels, rows of visible images, rows of infrared images), each (n,), for every step.
 
-        The k-th visible and the k-th infrared image have the k-th label. The result depends only on seed,
-        epoch and process.
+        The k-th visible and the k-th infrared image have the k-th label. The result depends only on seed and
+        epoch: it is this process's rows of the whole batch.
         """
-        identities = generator(self.seed, epoch, "identities")  # the same draws in all processes
-        images = generator(self.seed, epoch, "images", self.rank)
-        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        identities, images = generator(self.seed, epoch, "identities"), generator(self.seed, epoch, "images")
         for _ in range(self._steps):
-            drawn = identities.choice(self.classes, self.batch_size * self.world_size, replace=False)
-            labels = drawn[mine].repeat(self.num_pos)
-            yield labels, self._draw(images, "visible", labels), self._draw(images, "infrared", labels)
+            drawn = identities.choice(self.classes, self.whole // self.num_pos, replace=False)
+            labels = drawn.repeat(self.num_pos)
+            visible, infrared = (self._draw(images, modality, labels) for modality in ("visible", "infrared"))
+            yield labels[self.mine], visible[self.mine], infrared[self.mine]
 
     def _draw(self, rng: np.random.Generator, modality: str, labels: np.ndarray) -> np.ndarray:
         """Draw for each label the row of one of its images."""
@@ -172,10 +175,10 @@ class TrainLoader:
     def epoch(self, epoch: int) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         """Yield ({"visible", "infrared", "aux": (n, 3, H, W) float32}, labels (n,) int64) for every step.
 
-        The aux images are the same visible images, augmented separately. The result depends on seed, epoch
-        and process only: it is the same with every cache and, up to rounding, on every device.
+        The aux images are the same visible images, augmented separately. The result depends on seed and
+        epoch only: it is the same with every cache and, up to rounding, on every device.
         """
-        rng = generator(self.seed, epoch, "augmentation", self.batches.rank)
+        rng = generator(self.seed, epoch, "augmentation")
         size = self.height, self.width
         self.wait_seconds = 0.0
         start = time.perf_counter()
@@ -187,9 +190,9 @@ class TrainLoader:
                 images = {}
                 for modality in MODALITIES:
                     # Draw for aux even if it is not used, so that --no-aux changes no other modality.
-                    draws = draw_augmentation(rng, len(labels), *size, modality, self.recipe, self.pad)
+                    whole = draw_augmentation(rng, self.batches.whole, *size, modality, self.recipe, self.pad)
                     if modality in self.modalities:
-                        images[modality] = augment(pixels[modality], draws)
+                        images[modality] = augment(pixels[modality], whole.rows(self.batches.mine))
                 yield images, labels.to(self.device, non_blocking=True)
                 start = time.perf_counter()
 

@@ -6,7 +6,6 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +82,12 @@ class Processes:
         """Join the other processes, over NCCL on GPUs and gloo on the CPU; a second call does nothing."""
         if self.world_size > 1 and not torch.distributed.is_initialized():
             backend = "nccl" if device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend)
+            # torchrun --max-restarts keeps its store over the attempts, with the addresses of processes that
+            # have ended: each attempt has to have names of its own in it.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+            store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+            torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
             # NCCL gives up after ten minutes, and its barrier waits for the GPU, so barriers use gloo.
             self.host = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -100,19 +104,21 @@ class Processes:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Concatenate the tensors (n, ...) of all processes, in order of rank: (world_size * n, ...)."""
-        if self.world_size == 1:
-            return tensor
-        gathered = tensor.new_empty(self.world_size, *tensor.shape)
-        torch.distributed.all_gather(list(gathered), tensor.contiguous())
-        return gathered.flatten(0, 1)
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean of the tensors of all processes, in place."""
+        return self.all_reduce(tensor).div_(self.world_size) if self.world_size > 1 else tensor
 
-    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Copy the tensors of process 0 to all processes, in place."""
-        if self.world_size > 1:
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor, 0)
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Concatenate the tensors (n, ...) of all processes, in order of rank: (world_size * n, ...).
+
+        With gradient: see AllGather.
+        """
+        return AllGather.apply(tensor) if self.world_size > 1 else tensor
+
+    def of_others(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Concatenate the tensors (n, ...) of the other processes: ((world_size - 1) * n, ...)."""
+        n = len(tensor)
+        return self.all_gather(tensor).roll(-n * self.rank, 0)[n:]
 
     def barrier(self) -> None:
         """Wait until every process has called this."""
@@ -131,6 +137,29 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         peak["GPU"] = torch.cuda.max_memory_reserved(device) / 1e9
     return peak
+
+
+class AllGather(torch.autograd.Function):
+    """Processes.all_gather; a process's gradient is the sum of what all processes' losses have for its rows.
+
+    DistributedDataParallel divides it by their number, so that it becomes that of the mean of the losses.
+    torch's own functions do not agree on this factor (torch.distributed._functional_collectives.all_reduce
+    has 1 in 2.6 and the number of processes in 2.14).
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        """(n, ...) -> (world_size * n, ...)."""
+        gathered = tensor.new_empty(torch.distributed.get_world_size(), *tensor.shape)
+        torch.distributed.all_gather(list(gathered), tensor.contiguous())
+        return gathered.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        """(world_size * n, ...) -> (n, ...)."""
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
 def seed_globally(seed: int, deterministic: bool = False) -> None:

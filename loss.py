@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from devices import Processes
 from utils import MODALITIES
 
 WEIGHTS = {"shared": 1.0, "visible": 1.0, "infrared": 1.0, "aux": 0.4, "align": 1.2, "center": 1.0}
@@ -51,16 +52,22 @@ def distances_between(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor
 
 
 def center_triplet_loss(
-    features: torch.Tensor, labels: torch.Tensor, centers: torch.Tensor, margin: float = MARGIN
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    centers: torch.Tensor,
+    margin: float = MARGIN,
+    others: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean of max(0, d+ - d- + margin): distance to one's own centre and to the nearest other of the batch.
 
-    features: (m, D); labels: (m,) int64; centers: (C, D). A batch of one identity has no other: its loss is
-    0. Squared distances are clamped at 1e-12 before the root.
+    features: (m, D); labels: (m,) int64; centers: (C, D); others: (k,) int64, identities of the batch whose
+    features other processes have. A batch of one identity has no other: its loss is 0. Squared distances are
+    clamped at 1e-12 before the root.
     """
-    # column j is the centre of labels[j]
-    distances = distances_between(features, centers.index_select(0, labels))  # (m, m)
-    same = labels[:, None] == labels[None, :]
+    identities = labels if others is None else torch.cat([labels, others])
+    # column j is the centre of identities[j]
+    distances = distances_between(features, centers.index_select(0, identities))  # (m, m + k)
+    same = labels[:, None] == identities[None, :]
     positive = distances.diagonal()
     negative = distances.masked_fill(same, torch.inf).amin(1)
     return F.relu(positive - negative + margin).mean()
@@ -73,6 +80,7 @@ def mce_loss(
     weights: Mapping[str, float] = WEIGHTS,
     proxies: str = "historical",
     margin: float = MARGIN,
+    others: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted sum of the six terms, and the terms themselves, unweighted.
 
@@ -80,7 +88,7 @@ def mce_loss(
     `shared`, `align` and `center` are over the 2n other rows; labels: (n,) int64, the identities of the k-th
     images of each; bank: a memory bank, as it was before this step's update; weights: {term: weight};
     proxies: which table `align` compares with: "historical", "updated", or "both" (the mean of the two
-    losses); margin: of `center`.
+    losses); margin, others: of `center`.
     Returns (total, {"shared", "visible", "infrared", "aux", "align", "center": scalar}).
     Raises ValueError for another value of proxies. Source: docs/method.md, section 6.
     """
@@ -98,7 +106,7 @@ def mce_loss(
         )
     tables = {"historical": (True,), "updated": (False,), "both": (True, False)}[proxies]
     terms["align"] = sum(align_loss(features, bank, historical) for historical in tables) / len(tables)
-    terms["center"] = center_triplet_loss(everything, all_labels, bank.shared.centers, margin)
+    terms["center"] = center_triplet_loss(everything, all_labels, bank.shared.centers, margin, others)
     return weighted_sum(terms, weights), terms
 
 
@@ -108,11 +116,15 @@ def weighted_sum(terms: Mapping[str, torch.Tensor], weights: Mapping[str, float]
 
 
 class MCE(nn.Module):
-    """mce_loss with a run's settings, called as the baselines are; it has no weights of its own."""
+    """mce_loss with a run's settings, called as the baselines are; it has no weights of its own.
 
-    def __init__(self, bank, weights: Mapping[str, float], proxies: str, margin: float):
+    With several processes each has a share of the batch: the mean of their losses is the whole batch's.
+    """
+
+    def __init__(self, bank, weights: Mapping[str, float], proxies: str, margin: float, processes: Processes):
         super().__init__()
         self.bank, self.weights, self.proxies, self.margin = bank, weights, proxies, margin
+        self.processes = processes
 
     def forward(
         self,
@@ -122,7 +134,8 @@ class MCE(nn.Module):
         pooled: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(total, terms) of a step's unit features; outputs and pooled are the baselines'."""
-        return mce_loss(features, labels, self.bank, self.weights, self.proxies, self.margin)
+        others = self.processes.of_others(labels)
+        return mce_loss(features, labels, self.bank, self.weights, self.proxies, self.margin, others)
 
 
 # Baselines: what the field trains with when it has no memory
@@ -173,14 +186,20 @@ class Baseline(nn.Module):
     the network but no part of it: features are compared without it.
 
     triplet: "hard-triplet" or "weighted-triplet"; weights: of the terms `identity` and `triplet`; margin: of
-    "hard-triplet".
+    "hard-triplet"; processes: share the batch: the mean of their losses is the whole batch's.
     """
 
     def __init__(
-        self, triplet: str, num_classes: int, dim: int, weights: Mapping[str, float], margin: float = MARGIN
+        self,
+        triplet: str,
+        num_classes: int,
+        dim: int,
+        weights: Mapping[str, float],
+        margin: float,
+        processes: Processes,
     ):
         super().__init__()
-        self.triplet, self.weights, self.margin = triplet, weights, margin
+        self.triplet, self.weights, self.margin, self.processes = triplet, weights, margin, processes
         self.classifier = nn.Linear(dim, num_classes, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
 
@@ -198,8 +217,10 @@ class Baseline(nn.Module):
         """
         all_labels = labels.repeat(len(outputs) // len(labels))
         terms = {"identity": F.cross_entropy(self.classifier(outputs.float()), all_labels)}
+        # A triplet may have its images in several processes: each computes the term of the whole batch.
+        everything, everyone = (self.processes.all_gather(rows) for rows in (pooled.float(), all_labels))
         if self.triplet == "hard-triplet":
-            terms["triplet"] = hard_triplet_loss(pooled.float(), all_labels, self.margin)
+            terms["triplet"] = hard_triplet_loss(everything, everyone, self.margin)
         else:
-            terms["triplet"] = weighted_triplet_loss(pooled.float(), all_labels)
+            terms["triplet"] = weighted_triplet_loss(everything, everyone)
         return weighted_sum(terms, self.weights), terms

@@ -24,6 +24,20 @@ STEMS = ("two-stream", "shared")
 NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after how many of a layer's last residual blocks
 
 
+def moments(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Variance (without Bessel's correction) and mean over dims (None: all), and of how many values."""
+    var, mean = torch.var_mean(x, dims, correction=0)
+    return var, mean, x.numel() // mean.numel()
+
+
+@torch.no_grad()
+def track(bn: nn.Module, var: torch.Tensor, mean: torch.Tensor, count: int) -> None:
+    """Move a batch norm's running statistics towards a batch's moments."""
+    bn.running_mean.lerp_(mean, bn.momentum)
+    bn.running_var.lerp_(var * (count / (count - 1)), bn.momentum)
+    bn.num_batches_tracked.add_(1)
+
+
 class NonLocal(nn.Module):
     """Non-local block with one inner channel: BN(expand(theta (phi . g) / HW)) + x.
 
@@ -38,6 +52,7 @@ class NonLocal(nn.Module):
         self.theta_phi_g = nn.Conv2d(channels, 3, 1)
         self.expand = nn.Conv2d(1, channels, 1)
         self.bn = nn.BatchNorm2d(channels)
+        self.moments = moments  # several processes need another: engine/distributed.py
         nn.init.zeros_(self.bn.weight)  # so that the block starts as the identity
         nn.init.zeros_(self.bn.bias)
 
@@ -55,13 +70,10 @@ class NonLocal(nn.Module):
         mean, var = bn.running_mean, bn.running_var
         with torch.autocast(y.device.type, enabled=False):
             if self.training:
-                y_var, y_mean = torch.var_mean(y.float(), correction=0)
+                y_var, y_mean, count = self.moments(y.float())
                 mean = weight.flatten() * y_mean + bias
                 var = weight.flatten().square() * y_var
-                with torch.no_grad():
-                    bn.running_mean.lerp_(mean, bn.momentum)
-                    bn.running_var.lerp_(var * (y.numel() / (y.numel() - 1)), bn.momentum)
-                    bn.num_batches_tracked.add_(1)
+                track(bn, var, mean, count)
             scale = bn.weight * (var + bn.eps).rsqrt()
             weight, bias = weight * scale.view(-1, 1, 1, 1), bn.bias + scale * (bias - mean)
         return weight.to(y.dtype), bias.to(y.dtype)

@@ -72,8 +72,6 @@ def fit(training: Training, evaluation: Evaluation, progress: Progress, run: Run
         rebuilt = time.perf_counter()
         try:
             losses = train_one_epoch(training, loader.epoch(epoch), epoch)
-            # The running statistics differ between processes: evaluate and save those of process 0.
-            processes.broadcast(training.model.buffers())
             refuse_non_finite_weights(training.model, epoch)
         except NotFinite as error:
             good = "no checkpoint was saved"
@@ -225,15 +223,10 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(total).backward()
-        # The loss has used the tables from before this step; only now are they updated with its features.
-        # Each process has a copy of the bank and updates it with the features of all processes, so that the
-        # copies stay equal.
-        if processes.world_size > 1:
-            features = {modality: processes.all_gather(f.detach()) for modality, f in features.items()}
-            labels = processes.all_gather(labels)
-            for weight in training.loss.parameters():  # a baseline's classifier, outside the network
-                weight.grad = processes.all_reduce(weight.grad) / processes.world_size
-        bank.update(features, labels)
+        # The loss has used the tables from before this step; only now are they updated with its features: all
+        # processes', so that each one's copy of the bank stays the same.
+        features = {modality: processes.all_gather(f.detach()) for modality, f in features.items()}
+        bank.update(features, processes.all_gather(labels))
         scaler.step(optimizer)
         scaler.update()
 
@@ -258,8 +251,9 @@ class Watch:
         self.bar = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)
 
     def add(self, total: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
-        """Take the losses of a step; see losses for what it may raise."""
-        self.history.append(torch.stack([total, *(terms[name] for name in self.names)]).detach())
+        """Take the losses of a step, in the mean over processes; see losses for what it may raise."""
+        losses = torch.stack([total, *(terms[name] for name in self.names)]).detach()
+        self.history.append(self.training.processes.mean(losses))
         if len(self.history) % LOOK_EVERY == 0:
             self.refuse_non_finite()
             self.speak()

@@ -40,7 +40,7 @@ def launch(command: list[str], fit: Fit, check: Check) -> int | None:
     every_trial, results, told = typed.get("trial") == "all", [], {}
     try:
         for settings in trials_of(typed, processes) if every_trial else [typed]:
-            args, run, checkpoint = open_run(settings)
+            args, run, checkpoint = open_run(settings, processes.world_size)
             if every_trial:
                 log.info("RegDB, trial %s of 10", args.trial)
             results.append(train_run(args, run, checkpoint, processes, told, fit, check))
@@ -83,7 +83,7 @@ def trials_of(typed: dict[str, object], processes: Processes) -> list[dict[str, 
         return trials
     if "overwrite" in typed:
         for settings in trials if processes.rank == 0 else ():
-            _, run, _ = open_run(settings)
+            _, run, _ = open_run(settings, processes.world_size)
             run.acquire()
             run.remove()
             run.release()

@@ -214,6 +214,7 @@ def settings_of(
     typed: Mapping[str, object],
     saved: Mapping[str, object] | None = None,
     path: str | os.PathLike | None = None,
+    world_size: int = 1,
 ) -> argparse.Namespace:
     """The settings of a run: defaults, replaced by the dataset's, a checkpoint's, and those that were typed.
 
@@ -221,6 +222,7 @@ def settings_of(
         typed: see typed_settings.
         saved: settings of the run to resume, see settings_to_resume.
         path: the checkpoint that holds them, for messages.
+        world_size: processes that share a batch; a run's name does not depend on how many they are.
 
     Raises:
         UserError: settings that do not fit together, or that contradict the run to resume.
@@ -236,7 +238,7 @@ def settings_of(
     args = argparse.Namespace(**defaults | saved | typed)
     refuse_contradictions(args, defaults)
     if args.name is None:
-        args.name = run_name(vars(args), defaults)
+        args.name = run_name(vars(args) | {"batch_size": args.batch_size * world_size}, defaults)
     return args
 
 
@@ -290,14 +292,16 @@ def plain_number(value: object) -> str:
     return format(Decimal(repr(value)), "f") if isinstance(value, float) else str(value)
 
 
-def open_run(typed: Mapping[str, object]) -> tuple[argparse.Namespace, Run, dict | None]:
+def open_run(typed: Mapping[str, object], world_size: int = 1) -> tuple[argparse.Namespace, Run, dict | None]:
     """Find the run of a command line: its settings, its files and its checkpoint (None: start from scratch).
 
     --resume FILE resumes the run of that checkpoint, in its folder. --resume auto resumes the run with these
-    settings, if it has a checkpoint.
+    settings, if it has a checkpoint. The batch of a resumed run stays what it was in all, however many
+    processes share it now.
 
     Args:
         typed: see typed_settings.
+        world_size: processes that share a batch.
 
     Raises:
         UserError: see settings_of; or a checkpoint that cannot be resumed.
@@ -310,7 +314,7 @@ def open_run(typed: Mapping[str, object]) -> tuple[argparse.Namespace, Run, dict
     if resume and "overwrite" in typed:
         raise UserError("--resume continues a run, --overwrite replaces it: give only one of them")
     if resume in (None, "auto"):
-        args = settings_of(typed)
+        args = settings_of(typed, world_size=world_size)
         path = run_of(args).last
         if resume is None or not path.exists():
             return args, run_of(args), None
@@ -320,8 +324,15 @@ def open_run(typed: Mapping[str, object]) -> tuple[argparse.Namespace, Run, dict
         places = {"model_path": str(path.parent)}
     checkpoint = load_checkpoint(path)
     saved = settings_to_resume(checkpoint, path)
-    state = checkpoint.keys() >= STATE and isinstance(checkpoint["epoch"], int)
-    if not state or not saved.keys() >= {"dataset", "name"}:
+    state = checkpoint.keys() >= STATE and {type(checkpoint[key]) for key in ("epoch", "world_size")} == {int}
+    if not state or not saved.keys() >= {"batch_size", "dataset", "name"}:
         raise UserError(f"--resume {path}: no training state in this file: resume from a run's _last.t")
-    args = settings_of(typed, saved | places, path)
+    identities = saved["batch_size"] * checkpoint["world_size"]
+    if identities % world_size:
+        raise UserError(
+            f"--resume {path}: the run has {identities} identities in a batch, which {world_size} processes "
+            "cannot share"
+        )
+    saved["batch_size"] = identities // world_size
+    args = settings_of(typed, saved | places, path, world_size)
     return args, run_of(args), checkpoint

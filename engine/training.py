@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import data_manager
 from data_loader import IdentityBatches, TrainLoader
 from data_manager import DATASETS
 from devices import Processes, autocast_dtype, seed_globally, select_device
+from engine.distributed import distribute
 from engine.settings import loss_weights
 from eval_metrics import Metrics
 from evaluation.protocols import Evaluation, Protocol
@@ -132,8 +132,8 @@ class Training:
             "input": f"border {args.pad}; pixels on the {self.loader.cache}",
             "network": f"{args.arch}, {args.stem} stem, {millions:.1f} million weights, from {args.weights}",
             "device": f"{device.type} ({name}), {precision}, {self.processes.world_size} process(es)",
-            "a step": f"{args.batch_size} identities x {args.num_pos} images x {modalities} in each process; "
-            f"an epoch: {len(self.loader.batches)} steps",
+            "a step": f"{args.batch_size} identities x {args.num_pos} images x {modalities} in each process, "
+            f"{self.images_per_step} images in all; an epoch: {len(self.loader.batches)} steps",
             "evaluation": f"{protocol_of(args).title}; the result: {SELECTION[args.select]}",
         }
 
@@ -160,11 +160,8 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
     if checkpoint:
         load_strictly(model, checkpoint["net"], f"--resume {args.resume}")
     model.to(device, memory_format=torch.channels_last)
-    network = model
-    if processes.world_size > 1:
-        network = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-        network.broadcast_buffers = False  # a step reads no buffers; train.py broadcasts them once per epoch
-    bank, loss = build_loss(args, loader, model.dim, device)
+    bank, loss = build_loss(args, loader, model.dim, device, processes)
+    network = distribute(model, loss, device, dtype, processes)
     training = Training(
         args=args,
         processes=processes,
@@ -208,7 +205,7 @@ def build_evaluation(training: Training) -> Evaluation:
 
 
 def build_loss(
-    args: argparse.Namespace, loader: TrainLoader, dim: int, device: torch.device
+    args: argparse.Namespace, loader: TrainLoader, dim: int, device: torch.device, processes: Processes
 ) -> tuple[MemoryBank | NoMemory, nn.Module]:
     """Build the memory bank and the loss. A baseline has a classifier of its own, and no memory.
 
@@ -217,14 +214,16 @@ def build_loss(
         loader: whose identities and modalities the bank and the classifier are for.
         dim: D, the dimension of a feature.
         device: where both live.
+        processes: that share a batch.
     """
     num_classes, weights = loader.batches.classes, loss_weights(args)
     if args.loss != "mce":
-        return NoMemory(), Baseline(args.loss, num_classes, dim, weights, args.margin).to(device)
+        baseline = Baseline(args.loss, num_classes, dim, weights, args.margin, processes)
+        return NoMemory(), baseline.to(device)
     bank = MemoryBank(
         num_classes, dim, args.temperature, args.shared_momentum, args.momentum, args.update == "hard", device
     )
-    return bank, MCE(bank, weights, args.proxies, args.margin)
+    return bank, MCE(bank, weights, args.proxies, args.margin, processes)
 
 
 def build_loader(
@@ -301,12 +300,7 @@ def load_training_data(args: argparse.Namespace, root: Path) -> tuple[TrainingAr
 
 def restore(training: Training, checkpoint: dict) -> None:
     """Restore loss, optimiser and scaler from a checkpoint; build_training has loaded the network."""
-    resume, processes = f"--resume {training.args.resume}", training.processes
-    if (count := checkpoint["world_size"]) != processes.world_size:
-        raise UserError(
-            f"{resume}: the run has {count} process(es), not {processes.world_size}: "
-            f"start it with torchrun --nproc_per_node {count}"
-        )
+    resume = f"--resume {training.args.resume}"
     try:
         training.loss.load_state_dict(checkpoint["loss"])
         training.optimizer.load_state_dict(checkpoint["optimizer"])

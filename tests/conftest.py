@@ -49,13 +49,13 @@ def tiny_flags(root):
     ]  # fmt: skip
 
 
-def draw_sysu(root, identities=8, seed=0):
-    """Draw a tiny SYSU-MM01 at root, with training arrays of 32x16; a fifth of the identities validate."""
+def draw_sysu(root, identities=8, seed=0, size=(32, 16)):
+    """Draw a tiny SYSU-MM01, with training arrays of a size; a fifth of the identities are for validation."""
     synthetic.draw_dataset(synthetic.plan_sysu(identities, 4, 2, seed), root, seed, height=48, width=24)
     samples = train_samples("sysu", root)
     paths = {modality: those.paths for modality, those in samples.items()}
     pids = sorted({int(pid) for pid in samples["visible"].pids})
-    write_training_arrays(root, TrainingImages(paths, class_labels(samples), pids), 32, 16, workers=1)
+    write_training_arrays(root, TrainingImages(paths, class_labels(samples), pids), *size, workers=1)
     return root
 
 

@@ -95,9 +95,8 @@ the memory is rebuilt in training mode
 + means = {}
 
 the memory is rebuilt in a process's first epoch only
-- rebuild_memory(training, epoch)
-+ if epoch == 0:
-+     rebuild_memory(training, epoch)
+- if args.loss == "mce":  # the baselines have no memory
++ if args.loss == "mce" and epoch == 0:
 
 the memory forgets the last batch of a modality
 - counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
@@ -105,11 +104,11 @@ the memory forgets the last batch of a modality
 +     counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
 
 the later of equal epochs is the best
-- args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP > progress.best["mAP"])
-+ args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP >= progress.best["mAP"])
+- args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
++ args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP >= training.best["mAP"])
 
 every epoch is the best
-- args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP > progress.best["mAP"])
+- args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
 + args.select != "last" and epoch > 0
 
 == engine/training.py, test_train.py
@@ -131,8 +130,8 @@ a table learns too slowly
 == engine/training.py, test_train.py
 
 --proxies is ignored
-- return bank, MCE(bank, weights, args.proxies, args.margin)
-+ return bank, MCE(bank, weights, "historical", args.margin)
+- return bank, MCE(bank, weights, args.proxies, args.margin, processes)
++ return bank, MCE(bank, weights, "historical", args.margin, processes)
 
 RegDB is augmented with SYSU-MM01's recipe
 - recipe = DATASETS[args.dataset].recipe
@@ -145,8 +144,8 @@ the aux table is of visible images
 + channels = None
 
 aux images are augmented as visible ones
-- draws = draw_augmentation(rng, len(labels), *size, modality, self.recipe, self.pad)
-+ draws = draw_augmentation(rng, len(labels), *size, "visible", self.recipe, self.pad)
+- whole = draw_augmentation(rng, self.batches.whole, *size, modality, self.recipe, self.pad)
++ whole = draw_augmentation(rng, self.batches.whole, *size, "visible", self.recipe, self.pad)
 
 == loss.py, test_train.py
 
@@ -163,37 +162,87 @@ the shared table learns from visible features only
 == train.py, test_processes.py
 
 a process's bank learns from its own features
-- if processes.world_size > 1:
-+ if False:
+- features = {modality: processes.all_gather(f.detach()) for modality, f in features.items()}
+- bank.update(features, processes.all_gather(labels))
++ bank.update(features, labels)
 
 the bank takes one process's labels for all
-- labels = processes.all_gather(labels)
-+ labels = labels.repeat(processes.world_size)
+- bank.update(features, processes.all_gather(labels))
++ bank.update(features, labels.repeat(processes.world_size))
 
-running statistics stay each process's own
-- processes.broadcast(training.model.buffers())
+a process logs its own losses
+- self.history.append(self.training.processes.mean(losses))
++ self.history.append(losses)
 
 a process's memory is of its own images
 - means[modality] = processes.all_reduce(sums) / processes.all_reduce(counts)
 + means[modality] = sums / counts.clamp(min=1)
 
-== engine/training.py, test_processes.py
+== engine/distributed.py, test_processes.py
 
-gradients are each process's own
-- if processes.world_size > 1:
-+ if False:
+gradients and statistics are each process's own
+- if processes.world_size == 1:
++ if True:
+
+non-local blocks have their own statistics
+- module.moments = moments_of_all
++ pass
+
+batch norms have their own statistics
+- module.__class__ = HostBatchNorm  # the same weights and names in a checkpoint
++ pass
+
+statistics are the mean of the processes' variances
+- return (variances + (means - mean).square()).mean(0), mean, count * len(means)
++ return variances.mean(0), mean, count * len(means)
+
+running variances are of one process's count
+- return (variances + (means - mean).square()).mean(0), mean, count * len(means)
++ return (variances + (means - mean).square()).mean(0), mean, count
+
+the classifier's gradient is each process's own
+- processes.mean(weight.grad)
++ pass
+
+the first step sums gradients in another order
+- sort_gradients(network, device, dtype)
+
+the pass that is discarded moves the statistics
+- buffer.copy_(value)
++ pass
+
+== devices.py, test_processes.py
+
+gradients of gathered rows are one process's
+- torch.distributed.all_reduce(gradient)
+
+== loss.py, test_processes.py
+
+center knows a process's own identities
+- others = self.processes.of_others(labels)
++ others = None
+
+a triplet is of one process's images
+- everything, everyone = (self.processes.all_gather(rows) for rows in (pooled.float(), all_labels))
++ everything, everyone = pooled.float(), all_labels
+
+== data_loader.py, test_processes.py
+
+a process draws its augmentation for its own images
+- images[modality] = augment(pixels[modality], whole.rows(self.batches.mine))
++ images[modality] = augment(pixels[modality], whole.rows(slice(0, len(labels))))
 
 == train.py, test_fake_cuda.py
 
 a step looks at its loss
-- self.history.append(torch.stack([total, *(terms[name] for name in self.names)]).detach())
-+ self.history.append(torch.stack([total, *(terms[name] for name in self.names)]).detach())
+- losses = torch.stack([total, *(terms[name] for name in self.names)]).detach()
++ losses = torch.stack([total, *(terms[name] for name in self.names)]).detach()
 + if total.item() > 1e6:
 +     return
 
 a step copies its losses to the host
-- self.history.append(torch.stack([total, *(terms[name] for name in self.names)]).detach())
-+ self.history.append(torch.stack([total, *(terms[name] for name in self.names)]).detach().cpu())
+- losses = torch.stack([total, *(terms[name] for name in self.names)]).detach()
++ losses = torch.stack([total, *(terms[name] for name in self.names)]).detach().cpu()
 
 the memory's sums are on the host
 - counts = sums.new_zeros(len(sums), 1)
@@ -234,10 +283,6 @@ augmentation makes its rows on the host
 a baseline's two inputs change places
 - total, terms = training.loss(features, labels, outputs, pooled)
 + total, terms = training.loss(features, labels, pooled, outputs)
-
-the classifier's gradients are summed over processes
-- weight.grad = processes.all_reduce(weight.grad) / processes.world_size
-+ weight.grad = processes.all_reduce(weight.grad)
 
 == engine/training.py, test_variants.py
 

@@ -42,14 +42,10 @@ def recorded(training: Training, batches: Iterable, states: list) -> Iterator:
 
 
 class PlainTraining:
-    """A run's state, copied from a Training, and its step.
+    """A run's state, copied from a Training, and its step."""
 
-    Of several processes each has a replica of the network: its batch norms see only its own images, and its
-    loss is the mean over them. Gradients are averaged over the replicas; all features update one memory.
-    """
-
-    def __init__(self, training: Training, replicas: int = 1):
-        self.models = [deepcopy(training.model).train() for _ in range(replicas)]
+    def __init__(self, training: Training):
+        self.model = deepcopy(training.model).train()
         self.proxies, self.centers = (
             {name: getattr(getattr(training.bank, name), kind).clone() for name in TABLES}
             for kind in ("proxies", "centers")
@@ -57,40 +53,32 @@ class PlainTraining:
         self.align_with = training.args.proxies
         self.moments, self.steps = {}, 0
 
-    def load(self, states: list[dict[str, torch.Tensor]]) -> None:
-        """Go on from the state of each replica: two equal trainings in float32 part after some steps."""
-        for model, state in zip(self.models, states, strict=True):
-            model.load_state_dict({name: state[name] for name in model.state_dict()})
-        self.proxies = {name: states[0][f"{name}.proxies"] for name in TABLES}
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a state: two equal trainings in float32 part after some steps."""
+        self.model.load_state_dict({name: state[name] for name in self.model.state_dict()})
+        self.proxies = {name: state[f"{name}.proxies"] for name in TABLES}
 
-    def step(self, batches, rate: float) -> torch.Tensor:
-        """Take a step with a batch (images, labels) for each replica; return their losses, (replicas, 7)."""
-        losses, features, gradients = [], [], []
-        for model, (images, labels) in zip(self.models, batches, strict=True):
-            outputs = model(torch.cat([images["visible"], images["aux"]]), images["infrared"])
-            rows = dict(zip(("visible", "aux", "infrared"), plain_mce.unit(outputs).chunk(3), strict=True))
-            total, terms = plain_mce.loss(rows, labels, self.centers, self.proxies, self.align_with)
-            trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-            gradients.append(torch.autograd.grad(total, list(trained.values())))
-            features.append({modality: own.detach() for modality, own in rows.items()})
-            losses.append(torch.stack([total, *(terms[name] for name in plain_mce.WEIGHTS)]).detach())
-        gathered = {modality: torch.cat([own[modality] for own in features]) for modality in MODALITIES}
-        labels = torch.cat([labels for _, labels in batches])
-        self.proxies = plain_mce.update(self.proxies, gathered, labels)
+    def step(self, images: dict[str, torch.Tensor], labels: torch.Tensor, rate: float) -> torch.Tensor:
+        """Take a step with a batch; return its losses, the total first."""
+        outputs = self.model(torch.cat([images["visible"], images["aux"]]), images["infrared"])
+        rows = dict(zip(("visible", "aux", "infrared"), plain_mce.unit(outputs).chunk(3), strict=True))
+        total, terms = plain_mce.loss(rows, labels, self.centers, self.proxies, self.align_with)
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        gradients = torch.autograd.grad(total, list(trained.values()))
+        features = {modality: rows[modality].detach() for modality in MODALITIES}
+        self.proxies = plain_mce.update(self.proxies, features, labels)
 
         self.steps += 1
         weights = {name: weight.detach() for name, weight in trained.items()}
-        means = [torch.stack(own).mean(0) for own in zip(*gradients, strict=True)]
-        plain_mce.adam(weights, dict(zip(trained, means, strict=True)), self.moments, self.steps, rate)
-        for model in self.models:
-            model.load_state_dict(weights, strict=False)
-        return torch.stack(losses)
+        plain_mce.adam(weights, dict(zip(trained, gradients, strict=True)), self.moments, self.steps, rate)
+        self.model.load_state_dict(weights, strict=False)
+        return torch.stack([total, *(terms[name] for name in plain_mce.WEIGHTS)]).detach()
 
-    def state(self, replica: int = 0) -> dict[str, torch.Tensor]:
-        """A replica's weights and statistics, and the tables, as they are now."""
+    def state(self) -> dict[str, torch.Tensor]:
+        """The weights, statistics and tables, as they are now."""
         tables = {f"{name}.proxies": table for name, table in self.proxies.items()}
         tables |= {f"{name}.centers": table for name, table in self.centers.items()}
-        return deepcopy(dict(self.models[replica].state_dict())) | tables
+        return deepcopy(dict(self.model.state_dict())) | tables
 
 
 @torch.no_grad()

@@ -102,7 +102,8 @@ def test_alone_every_collective_is_the_identity(monkeypatch):
     assert not torch.distributed.is_initialized()
     assert processes.all_reduce(tensor) is tensor
     assert processes.all_gather(tensor) is tensor
-    processes.broadcast([tensor])
+    assert processes.mean(tensor) is tensor
+    assert processes.of_others(tensor).shape == (0, 2)
     processes.barrier()
     processes.stop()
     assert tensor.tolist() == [[1.0, 2.0], [3.0, 4.0]]
@@ -120,23 +121,28 @@ def collect(rank, rendezvous, folder):
     gathered = processes.all_gather(tensor.T)  # not contiguous
     labels = processes.all_gather(torch.tensor([rank, 7]))
     total = processes.all_reduce(tensor.clone())
-    shared = [torch.full((2,), float(rank)), torch.tensor(rank + 5)]
-    processes.broadcast(shared)
+    mean = processes.mean(tensor.clone())
+    others = processes.of_others(tensor)
+    rows = torch.tensor([[1.0], [2.0]]) * 10**rank
+    rows.requires_grad_()
+    (processes.all_gather(rows).square() * (rank + 1)).sum().backward()  # a loss in each process
     processes.barrier()
     processes.stop()
     assert not torch.distributed.is_initialized()
-    torch.save([gathered, labels, total, shared], f"{folder}/{rank}.pt")
+    torch.save([gathered, labels, total, mean, others, rows.grad], f"{folder}/{rank}.pt")
 
 
 def test_two_processes_gather_in_the_order_of_ranks_sum_and_share(tmp_path, free_port):
     torch.multiprocessing.spawn(collect, (free_port, str(tmp_path)), nprocs=2)
     one = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
     for rank in (0, 1):
-        gathered, labels, total, shared = torch.load(tmp_path / f"{rank}.pt")
+        gathered, labels, total, mean, others, gradient = torch.load(tmp_path / f"{rank}.pt")
         assert torch.equal(gathered, torch.cat([one.T, 10 * one.T]))
         assert labels.tolist() == [0, 7, 1, 7]
         assert torch.equal(total, 11 * one)
-        assert [tensor.tolist() for tensor in shared] == [[0.0, 0.0], 5]
+        assert torch.equal(mean, 5.5 * one)
+        assert torch.equal(others, 10 ** (1 - rank) * one)
+        assert gradient.tolist() == [[6 * 10**rank], [12 * 10**rank]]  # both losses', 2x and 4x
 
 
 @pytest.fixture

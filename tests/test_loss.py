@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from devices import Processes
 from loss import (
     BASELINE_WEIGHTS,
     MCE,
@@ -191,7 +192,7 @@ def test_margin_and_proxies_reach_the_loss_through_its_object():
     bank, features, labels = random_bank(), random_features(4), torch.tensor([0, 0, 1, 1])
     settings = {"weights": WEIGHTS | {"shared": 3.0}, "proxies": "updated", "margin": 0.7}
     expected, expected_terms = mce_loss(features, labels, bank, **settings)
-    total, terms = MCE(bank, **settings)(features, labels, None, None)
+    total, terms = MCE(bank, **settings, processes=Processes())(features, labels, None, None)
     assert total == expected
     assert terms == expected_terms
     assert terms["center"] > mce_loss(features, labels, bank)[1]["center"]
@@ -284,7 +285,7 @@ def test_a_triplet_loss_of_equal_rows_is_finite_and_so_is_its_gradient(triplet):
 def test_a_baseline_is_identity_and_triplet_of_every_modality(name, labels):
     outputs = random_rows(3 * len(labels))
     pooled = outputs.square()
-    baseline = Baseline(name, 6, 8, {"identity": 0.5, "triplet": 2.0}, margin=0.9)
+    baseline = Baseline(name, 6, 8, {"identity": 0.5, "triplet": 2.0}, 0.9, Processes())
     torch.nn.init.normal_(baseline.classifier.weight)
     total, terms = baseline({}, torch.tensor(labels), outputs, pooled)
     classifier = baseline.classifier.weight.detach().double()

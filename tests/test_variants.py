@@ -1,7 +1,6 @@
 """The method's settings and the baselines, from the command line to the step, the log and the checkpoint."""
 
 import copy
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -87,19 +86,6 @@ def test_a_baselines_step_reads_before_and_behind_the_neck(sysu):
     [losses] = train.train_one_epoch(training, [(images, labels)], 0).tolist()
     assert losses == pytest.approx([expected.item(), *(term.item() for term in terms.values())], rel=1e-5)
     assert not torch.equal(baseline.classifier.weight, training.loss.classifier.weight)  # it is trained
-
-
-def test_the_classifiers_gradient_is_the_mean_over_processes(sysu):
-    gradients = []
-    for world_size, factor in ((1, None), (2, 3)):
-        training = training_of(sysu, "--loss", "hard-triplet")
-        if world_size > 1:
-            training.processes = Namespace(
-                world_size=2, rank=0, all_gather=lambda x: x, all_reduce=lambda x, factor=factor: factor * x
-            )
-        train.train_one_epoch(training, [next(iter(training.loader.epoch(0)))], 0)
-        gradients.append(training.loss.classifier.weight.grad)
-    torch.testing.assert_close(gradients[1], 1.5 * gradients[0])
 
 
 @pytest.mark.parametrize("name", LOSSES[1:])
