@@ -52,7 +52,11 @@ def to_pixels(
     ImageOps.exif_transpose(image, in_place=True)
     if "transparency" in image.info:  # palettes warn unless converted in two steps
         image = image.convert("RGBA")
-    return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+    image = image.convert("RGB")
+    # Pillow rounds to eight bits between its two passes, so that their order matters. Up to Pillow 12 the
+    # horizontal one came first, as for all published results; 13 chooses by the sizes. One axis a call fixes it.
+    image = image.resize((width, image.height), Image.Resampling.LANCZOS)
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def read_image(

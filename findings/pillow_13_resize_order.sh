@@ -4,10 +4,11 @@
 # A resize has a horizontal and a vertical pass, and the image between them is rounded and clipped to eight bits,
 # so that the order of the passes matters. Up to 12.3.0 the horizontal pass comes first. 13.0.0 takes the vertical
 # pass first for 397x131 -> 384x128 and 160x64 -> 64x48 (height x width), the horizontal one for 512x512 ->
-# 128x128 and 480x640 -> 288x144. Between 12.0.0 and 13.0.0, 39 % of the values of a noise image change with Lanczos
-# (397x131 -> 384x128), by up to 38 grey levels; 28 % of those of a smooth picture saved as JPEG, by up to 4. So arrays of training images made under one version and
-# test images resized under the other do not belong together. Two calls, one axis each, fix the order in every
-# version. The decoders (JPEG, WebP, JPEG 2000) gave the same values in 10.1.0 and 13.0.0.
+# 128x128 and 480x640 -> 288x144. Between 12.0.0 and 13.0.0, 39 % of the values of a noise image change with
+# Lanczos (397x131 -> 384x128), by up to 38 grey levels; 28 % of those of a smooth picture saved as JPEG, by up
+# to 4. So arrays of training images made under one version and test images resized under the other do not belong
+# together. Two calls, one axis each, fix the order in every version. The decoders (JPEG, WebP, JPEG 2000) gave the
+# same values in 10.1.0 and 13.0.0.
 #
 # Seen: Pillow 10.1.0, 11.3.0, 12.0.0, 12.1.1, 12.2.0, 12.3.0 and 13.0.0 from PyPI, x86-64, Linux, Python 3.11. Printed:
 #   10.1.0: 397x131 horizontal, 160x64 horizontal, 512x512 horizontal, 480x640 horizontal

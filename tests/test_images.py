@@ -159,3 +159,21 @@ def test_decode_stops_with_its_consumer_and_does_not_run_away(tmp_path, monkeypa
     batches.close()
     assert threading.active_count() == before
     assert len(read) <= 8 * 6
+
+
+def test_rows_are_resized_before_columns_whatever_the_version_of_pillow(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (397, 131, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+
+    def resized(width, height, order):
+        """Passes in float, rounded and clipped to eight bits after each, as Pillow's are."""
+        channels = [Image.fromarray(noise[..., k].astype(np.float32)) for k in range(3)]
+        for axis in order:
+            size = [(width, c.height) if axis == "rows" else (c.width, height) for c in channels]
+            channels = [c.resize(s, Image.Resampling.LANCZOS) for c, s in zip(channels, size, strict=True)]
+            channels = [Image.fromarray(np.asarray(c).round().clip(0, 255)) for c in channels]
+        return np.stack([np.asarray(c) for c in channels], axis=-1)
+
+    found = read_image(tmp_path / "noise.png", 384, 128).astype(float)
+    assert np.abs(found - resized(128, 384, ("rows", "columns"))).max() <= 1  # Pillow's are of fixed point
+    assert np.abs(found - resized(128, 384, ("columns", "rows"))).max() > 10
