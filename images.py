@@ -54,7 +54,7 @@ def to_pixels(
         image = image.convert("RGBA")
     image = image.convert("RGB")
     # Pillow rounds to eight bits between its two passes, so that their order matters. Up to Pillow 12 the
-    # horizontal one came first, as for all published results; 13 chooses by the sizes. One axis a call fixes it.
+    # horizontal one came first, as for all published results; 13 chooses by the sizes. So one axis at a time.
     image = image.resize((width, image.height), Image.Resampling.LANCZOS)
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
 
