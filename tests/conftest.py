@@ -107,7 +107,9 @@ def outputs(model, dtype=torch.float32):
 
 def read_slowly(path, height, width):
     with Image.open(path) as image:
-        return np.array(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
+        rgb = image.convert("RGB")
+    rows = rgb.resize((width, rgb.height), Image.Resampling.LANCZOS)  # first, as up to Pillow 12
+    return np.array(rows.resize((width, height), Image.Resampling.LANCZOS))
 
 
 def pytest_addoption(parser):
