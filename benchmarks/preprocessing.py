@@ -35,8 +35,9 @@ def baseline(paths: list[str], file: Path) -> None:
     """One image at a time, all of them in memory."""
     images = []
     for path in paths:
-        image = Image.open(path).convert("RGB").resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-        images.append(np.array(image))
+        image = Image.open(path).convert("RGB")
+        image = image.resize((WIDTH, image.height), Image.Resampling.LANCZOS)  # as images.py does, see there
+        images.append(np.array(image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)))
     np.save(file, np.array(images))
 
 
