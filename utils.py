@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
