@@ -20,7 +20,7 @@ What a reader of results needs, and nothing is computed a second time:
     method.evaluate(device)
     scores = method.results[protocol, flip, rerank]     a Scores: .mean, .over_trials, .over_seeds, .jackknife
     one = scores.seeds[0][k]                            a Score: seed 0, k-th trial, numbered one.trial
-    one.values.ap, .inp, .first, .counted               (Q,) of each query: AP, INP, first place, whether counted
+    one.values.ap, .inp, .first, .counted               (Q,) of each query: AP, INP, first place, if counted
     query, gallery = method.evaluation.samples[protocol, one.trial]      paths, pids, camids in that order
     one.jackknife.persons, .deleted                     (I,), (I, 2): mAP and rank-1 without each person
     difference(row, method, first)                      the paired Jackknife; .interval("mAP") has ± and p
