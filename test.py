@@ -61,8 +61,6 @@ def refuse_wrong_outputs(args: argparse.Namespace, methods: Sequence[Method]) ->
             raise UserError(f"{flag}: choose one of the methods and seeds")
         if len(methods[0].sources[0]) > 1:
             raise UserError(f"{flag}: RegDB has a model per trial: choose one with --trial N")
-    if args.flip and args.features:
-        raise UserError("--flip: features have no mirror images")
     for path in filter(None, (args.json, args.save_features)):
         if Path(path).is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
@@ -76,6 +74,8 @@ def main(words: Sequence[str]) -> None:
     log_to_terminal(stream=sys.stderr)
     Processes().refuse_several()
     args = get_args_parser().parse_args(words)
+    if args.flip and args.features:
+        raise UserError("--flip: files of features hold no mirror images")
     methods = find_methods(get_args_parser, words, more=bool(args.save_mat))
     refuse_wrong_outputs(args, methods)
     device = select_device(args.gpu)

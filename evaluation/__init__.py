@@ -9,7 +9,8 @@
     similarity.py   how alike images of one person and of two are
     flags.py        the command line that test.py and tools.report share
     models.py       checkpoints: which files, with which settings, on which trials
-    features.py     features of any network, read from a file and checked
+    files.py        the formats of files of features
+    features.py     features of any network as an evaluation uses them: matched, checked, told
     methods.py      Method: checkpoints or features under one name, evaluated in the one loop
     tables.py       tables, their headings, counts and warnings
     exports.py      JSON, .npz and .mat

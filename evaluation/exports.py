@@ -10,7 +10,7 @@ import scipy.io
 
 from data_manager import Samples
 from eval_metrics import Metrics
-from evaluation.features import mat_file
+from evaluation.files import mat_file
 from evaluation.intervals import MEASURES, Jackknife
 from evaluation.methods import Method, difference
 from evaluation.scoring import Features

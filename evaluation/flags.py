@@ -80,6 +80,8 @@ def settings_of(
     args = parser.parse_args(words)
     if args.ignore_same_camera and args.dataset != "folder":
         raise UserError(f"--ignore-same-camera is for own images; {facts.title} has its own rule")
+    if args.distance != "cosine" and (args.rerank or not args.features):
+        raise UserError("--distance euclidean is for --features, without --rerank, which takes unit features")
     return args
 
 

@@ -5,7 +5,7 @@ import torch
 
 from data_manager import Samples
 from evaluation.exports import save_features, save_mat
-from evaluation.features import mat_file
+from evaluation.files import mat_file
 from evaluation.scoring import Features
 from utils import UserError
 
