@@ -349,6 +349,10 @@ WRONG = {
     ),
     "a CSV without lines": (lines(), ["images.csv", "lists no images"]),
     "an unknown column": (lines(*GOOD, header="path,pid,camera,modality,split"), ["unknown column camera"]),
+    "an index of pandas": (
+        lines(*(f"{k},{line}" for k, line in enumerate(GOOD)), header=",path,pid,camid,modality,split"),
+        ["unknown column  (pandas writes one without a name, unless index=False)"],
+    ),
     "semicolons": (lines(header="path;pid;modality"), ["images.csv: its values are separated by semicolons"]),
     "tabs": (lines(header="path\tpid\tmodality"), ["images.csv: its values are separated by tabs"]),
     "a missing column": (lines(*GOOD, header="path,camid,modality,split"), ["no column pid"]),
