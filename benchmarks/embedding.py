@@ -56,7 +56,7 @@ def runtime_rows(quick: bool, dtype: torch.dtype | None) -> Iterator[dict]:
         assert difference < (1e-4 if precision is None else 1e-2)
         baseline_s, ours_s = compare(partial(embed, network), partial(embed, other), 1 if quick else 7)
         yield {
-            "work": f"{arch} at {height}x{width}, {batch} images, {precision or torch.float32}: as trained, and "
+            "work": f"{arch} at {height}x{width}, {batch} images, {precision or torch.float32}: trained, and "
             + ("folded" if name == "torch" else f"in {name}"),
             "baseline_s": baseline_s,
             "ours_s": ours_s,
