@@ -36,7 +36,7 @@ AGW_SIZE = 288, 144  # height, width; the files of AGW's family do not say their
 
 # --- whose network it is: names there (whole keys) -> names here; None: only training needs it
 
-CLASSES = {r"\w*(memory|classifier)\w*\..+": None}  # class memories and classifiers
+CLASSES = {r"\w*(memory|classifier)\w*(\.\w+)?": None}  # tables of class memories and classifiers
 RELEASED = CLASSES | {
     r"backbone\.conv1\.(.+)": r"stems.shared.0.\1",
     r"backbone\.bn1\.(.+)": r"stems.shared.1.\1",
@@ -112,9 +112,9 @@ def _renamed(state: dict, names: dict[str, str | None], path: str | os.PathLike)
     renamed, inner = {}, {}
     for key, value in state.items():
         pattern = next((pattern for pattern in names if re.fullmatch(pattern, key)), None)
-        if pattern is None:
+        if pattern is None or (pattern in CLASSES and value.ndim > 2):
             raise UserError(
-                f"{path} has weights that the network which it is otherwise like does not have: {key}; "
+                f"{path}: {key} is no part of the network that the file is otherwise of; "
                 "evaluate its features instead, with test.py --features"
             )
         if names[pattern] is None:

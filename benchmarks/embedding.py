@@ -1,14 +1,18 @@
-"""Embedding image files into shards, as tools.embed does, against the bare forward pass.
+"""Embedding image files into shards, as tools.embed does, against the bare forward pass; and what runs it.
 
     python -m benchmarks.embedding
 
 The bare forward pass runs equally often on one batch that is already on the device, with the same network,
-precision and batch size. The written features are compared with images embedded one by one.
+precision and batch size. The written features are compared with images embedded one by one. On the CPU the
+network as it trains is compared with the folded one, and with the runtimes that are installed.
 """
 
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,8 @@ from augmentation import normalize
 from benchmarks.preprocessing import draw_jpegs
 from benchmarks.timing import compare, wait_for
 from devices import autocast_dtype
-from model import TwoStreamResNet, extract_features
+from evaluation.runtimes import RUNTIMES, for_evaluation
+from model import NonLocal, TwoStreamResNet, extract_features
 from retrieval.embeddings import Embedder, Found, embed_files
 from retrieval.shards import Shard, shards_of
 from tools.embed import embed_into
@@ -27,8 +32,42 @@ from tools.embed import embed_into
 WORKERS = min(8, os.cpu_count() or 1)
 
 
+def runtime_rows(quick: bool, dtype: torch.dtype | None) -> Iterator[dict]:
+    """A row for the folded network, in the precision of --amp auto and in float32, and for each runtime."""
+    arch, height, width, batch = ("resnet18", 64, 32, 4) if quick else ("resnet50", 384, 128, 32)
+    network = TwoStreamResNet(arch).eval()
+    for module in network.modules():
+        if isinstance(module, NonLocal):  # untrained, it would be the identity, and left out
+            torch.nn.init.normal_(module.bn.weight, std=0.1)
+    network.to(memory_format=torch.channels_last)
+    images = torch.randn(batch, 3, height, width).to(memory_format=torch.channels_last)
+    installed = [name for name in RUNTIMES[1:] if find_spec({"onnx": "onnxruntime"}.get(name, name))]
+    precisions = dict.fromkeys((None, dtype))
+    for name, precision in [
+        *(("torch", dtype) for dtype in precisions),
+        *((name, None) for name in installed),
+    ]:
+        other = for_evaluation(network, torch.device("cpu"), name, (height, width))
+
+        def embed(network: torch.nn.Module, dtype: torch.dtype | None = precision) -> torch.Tensor:
+            return extract_features(network, [images], "visible", dtype)
+
+        difference = (embed(other) - embed(network)).abs().max().item()
+        assert difference < (1e-4 if precision is None else 1e-2)
+        baseline_s, ours_s = compare(partial(embed, network), partial(embed, other), 1 if quick else 7)
+        yield {
+            "work": f"{arch} at {height}x{width}, {batch} images, {precision or torch.float32}: trained, and "
+            + ("folded" if name == "torch" else f"in {name}"),
+            "baseline_s": baseline_s,
+            "ours_s": ours_s,
+            "ratio": baseline_s / ours_s,
+            "bound": 1.15 if name == "torch" else 1.4,
+            "note": f"largest difference {difference:.1e}, {torch.get_num_threads()} threads",
+        }
+
+
 def run(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Return one row: dicts with work, baseline_s, ours_s, ratio, bound, note."""
+    """Return the rows: dicts with work, baseline_s, ours_s, ratio, bound, note."""
     arch, height, width, batch = ("resnet18", 64, 32, 8) if quick else ("resnet50", 384, 128, 64)
     batches, repeats = (2, 1) if quick else (64, 3) if device == "cuda" else (2, 3)
     embedder = Embedder(TwoStreamResNet(arch).eval(), height, width)
@@ -63,7 +102,8 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
             "ratio": bare_s / ours_s,
             "bound": 0.9,
             "note": f"{count / ours_s:.1f} images/s, the bare forward pass {count / bare_s:.1f}",
-        }
+        },
+        *(runtime_rows(quick, dtype) if device == "cpu" else ()),
     ]
 
 

@@ -47,7 +47,8 @@ def test_the_released_checkpoint_gives_the_released_outputs(released):
 def test_class_memories_and_wrappers_in_a_released_checkpoint_are_left_out(released, tmp_path):
     checkpoint = torch.load(released, weights_only=False)
     net = {f"module.{key}": value for key, value in checkpoint["net"].items()}
-    checkpoint["net"] = net | {"module.memory_rgb.features": torch.zeros(4, 2048)}
+    tables = {name: torch.zeros(4, 2048) for name in ("memory_rgb.features", "classifier.weight")}
+    checkpoint["net"] = net | {f"module.{name}": table for name, table in tables.items()}
     torch.save(checkpoint, tmp_path / "wrapped.t")
     model, plain = from_checkpoint(tmp_path / "wrapped.t"), from_checkpoint(released)
     for key, value in plain.state_dict().items():
@@ -72,13 +73,20 @@ def test_the_released_weights_are_read_bare_or_wrapped(wrap, released, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "added", ["backbone.attention.fc.weight", "part_pool.weight", "backbone.NL_4.0.W.0.bias"]
+    ("added", "shape"),
+    [
+        ("backbone.attention.fc.weight", (3,)),
+        ("part_pool.weight", (3,)),
+        ("backbone.NL_4.0.W.0.bias", (3,)),
+        ("classifier.layers.0.weight", (3, 2048)),  # more than a table
+        ("memory_attention.weight", (3, 2048, 1, 1)),  # a convolution
+    ],
 )
-def test_a_module_that_the_released_network_lacks_is_refused_by_name(added, released, tmp_path):
+def test_a_module_that_the_released_network_lacks_is_refused_by_name(added, shape, released, tmp_path):
     checkpoint = torch.load(released, weights_only=False)
-    checkpoint["net"][added] = torch.zeros(3)
+    checkpoint["net"][added] = torch.zeros(shape)
     torch.save(checkpoint, tmp_path / "more.t")
-    with pytest.raises(UserError, match=rf"more\.t has weights .*: {added}; .*--features"):
+    with pytest.raises(UserError, match=rf"more\.t: {added} is no part of .*--features"):
         from_checkpoint(tmp_path / "more.t")
 
 
@@ -140,7 +148,7 @@ def test_agw_s_wide_non_local_blocks_and_other_additions_are_refused(family, tmp
     checkpoint = torch.load(family["base"], weights_only=False)
     checkpoint["net"]["part_attention.weight"] = torch.zeros(2)
     torch.save(checkpoint, tmp_path / "more.t")
-    with pytest.raises(UserError, match=r"more\.t has weights .*: part_attention\.weight"):
+    with pytest.raises(UserError, match=r"more\.t: part_attention\.weight is no part"):
         from_checkpoint(tmp_path / "more.t")
 
 
