@@ -172,10 +172,11 @@ class _Comparison(TorchDispatchMode):
         self.run: list[bool] = []  # cuDNN's switches as the run has them
 
     def __enter__(self) -> "_Comparison":
-        """TF32 is off: it rounds as float16 does, and would be no reference."""
         cudnn = torch.backends.cudnn
         self.run = [cudnn.benchmark, cudnn.allow_tf32]
-        cudnn.benchmark, cudnn.allow_tf32 = False, False
+        cudnn.benchmark = False  # for float32 there is no need to look for the fastest algorithm
+        if self.dtype == torch.float16:  # TF32 rounds as float16 does, and is no reference for it
+            cudnn.allow_tf32 = False
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -202,42 +203,57 @@ class _Comparison(TorchDispatchMode):
             self._compare_product(result, *args)
         return result
 
+    def _enlargement(self, a: torch.Tensor, b: torch.Tensor, product: torch.Tensor | None = None) -> tuple:
+        """Exponents that bring small factors to about 1, where float16 has all its digits; else None.
+
+        So small weights that a run rightly rounds to nothing do not count as wrong. The product stays below
+        LARGE, and what is too large for float16 is left as it is.
+        """
+        if self.dtype != torch.float16:  # bfloat16 has float32's range
+            return None, None
+        ka, kb = ((-_exponent(factor)).clamp(min=0) for factor in (a, b))
+        if product is not None:
+            room = (LARGE - _exponent(product)).clamp(min=0)
+            ka = torch.minimum(ka, room)
+            kb = torch.minimum(kb, room - ka)
+        return ka, kb
+
     def _compare_convolution(self, y, x, weight, bias, *how) -> None:
-        kx, kw = _enlargement(x, weight, y)
-        x, weight = torch.ldexp(x, kx), torch.ldexp(weight, kw)
+        kx, kw = self._enlargement(x, weight, y)
+        x, weight = _scaled(x, kx), _scaled(weight, kw)
         noise = aten.convolution.default(x.square(), weight.square().sum(0, keepdim=True), None, *how).sum()
-        bias = None if bias is None else torch.ldexp(bias, kx + kw).to(self.dtype)
+        bias = None if bias is None else _scaled(bias, kx, kw).to(self.dtype)
         x, weight = x.to(self.dtype), weight.to(self.dtype)
-        exact = {"output": (torch.ldexp(y, kx + kw), noise)}
+        exact = {"output": (_scaled(y, kx, kw), noise)}
         self._compare(self.inside[-1], exact, lambda: [aten.convolution.default(x, weight, bias, *how)])
 
     def _compare_product(self, y, a, b) -> None:
-        ka, kb = _enlargement(a, b, y)
-        a, b = torch.ldexp(a, ka).to(self.dtype), torch.ldexp(b, kb).to(self.dtype)
-        exact = {"output": (torch.ldexp(y, ka + kb), 0)}
+        ka, kb = self._enlargement(a, b, y)
+        a, b = _scaled(a, ka).to(self.dtype), _scaled(b, kb).to(self.dtype)
+        exact = {"output": (_scaled(y, ka, kb), 0)}
         self._compare(self.inside[-1], exact, lambda: [aten.mul.Tensor(a, b)])
 
     def _compare_gradients(self, gradients, dy, x, weight, sizes, *how) -> None:
         layer, (*convolution, wanted) = self.layers[weight.data_ptr()], how
         dx, dweight, dbias = (g if wants else None for g, wants in zip(gradients, wanted, strict=True))
-        kx, kw = _enlargement(x, weight)
-        shifts = ((dy, 0), (dx, kw), (dweight, kx), (dbias, 0))
-        k = LARGE - torch.stack([_exponent(t) + shift for t, shift in shifts if t is not None]).amax()
-        dy, x, weight = torch.ldexp(dy, k), torch.ldexp(x, kx), torch.ldexp(weight, kw)
+        kx, kw = self._enlargement(x, weight)
+        k = None
+        if kx is not None:  # the gradients to the upper end of the range, as the run's GradScaler does
+            shifts = ((dy, 0), (dx, kw), (dweight, kx), (dbias, 0))
+            k = LARGE - torch.stack([_exponent(t) + shift for t, shift in shifts if t is not None]).amax()
+        dy, x, weight = _scaled(dy, k), _scaled(x, kx), _scaled(weight, kw)
         squares = dy.square()
         exact = {}
         if dx is not None:
             noise = squares.sum((0, 2, 3)).dot(weight.square().sum((1, 2, 3)))
-            exact["input gradient"] = torch.ldexp(dx, k + kw), noise
+            exact["input gradient"] = _scaled(dx, k, kw), noise
         if dweight is not None:
             window = weight.new_ones(1, 1, *weight.shape[2:])
             seen = aten.convolution.default(x.square().sum(1, keepdim=True), window, None, *convolution)
-            exact["weight gradient"] = (
-                torch.ldexp(dweight, k + kx),
-                (seen * squares.sum(1, keepdim=True)).sum(),
-            )
+            noise = (seen * squares.sum(1, keepdim=True)).sum()
+            exact["weight gradient"] = _scaled(dweight, k, kx), noise
         if dbias is not None:
-            exact["bias gradient"] = torch.ldexp(dbias, k), squares.sum()
+            exact["bias gradient"] = _scaled(dbias, k), squares.sum()
         dy, x, weight = (t.to(self.dtype) for t in (dy, x, weight))
 
         def repeat() -> list[torch.Tensor]:
@@ -264,7 +280,7 @@ class _Comparison(TorchDispatchMode):
             torch.backends.cudnn.benchmark = False
             for (what, (true, noise)), found in zip(exact.items(), results, strict=True):
                 scale = (true.norm().square() + noise).sqrt()
-                error = (found.float() - true).norm() / scale.clamp(min=1e-30)
+                error = (true - found).norm() / scale.clamp(min=1e-30)
                 error = torch.where(scale.isfinite(), error, 0)  # else float32 is no reference
                 former = self.errors.get((layer, what), error)
                 self.errors[layer, what] = torch.maximum(former, error)
@@ -279,24 +295,12 @@ def _is_map(factor: object) -> bool:
     return isinstance(factor, torch.Tensor) and factor.ndim == 4
 
 
+def _scaled(tensor: torch.Tensor, *exponents: torch.Tensor | None) -> torch.Tensor:
+    """The tensor times two to the power of all exponents (None: 0)."""
+    return tensor if exponents[0] is None else torch.ldexp(tensor, sum(exponents))
+
+
 def _exponent(tensor: torch.Tensor) -> torch.Tensor:
     """Of the power of two just below the largest absolute value; 0 for zeros. A scalar on the device."""
     peak = torch.linalg.vector_norm(tensor, torch.inf)
     return torch.where(peak > 0, peak, 1).log2().floor().clamp(-99, 99).int()
-
-
-def _enlargement(
-    a: torch.Tensor, b: torch.Tensor, product: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exponents that bring small factors to about 1, where float16 has all its digits.
-
-    So small weights that a run would round to nothing, rightly, do not count as wrong; the product stays
-    below LARGE, and what is too large for float16 is left as it is.
-    """
-    ka, kb = (-_exponent(factor) for factor in (a, b))
-    ka, kb = ka.clamp(min=0), kb.clamp(min=0)
-    if product is not None:
-        room = (LARGE - _exponent(product)).clamp(min=0)
-        ka = torch.minimum(ka, room)
-        kb = torch.minimum(kb, room - ka)
-    return ka, kb
