@@ -20,6 +20,11 @@ from model import TwoStreamResNet
 from precision import BOUND, errors_of
 
 aten = torch.ops.aten
+CONVOLUTIONS = {  # in inference mode it is called by its other name
+    aten.convolution.default: "convolution",
+    aten.conv2d.default: "convolution",
+    aten.convolution_backward.default: "convolution_backward",
+}
 KINDS = ("untrained", "trained", "uneven")
 
 
@@ -36,12 +41,12 @@ class Hardware(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Compute in float32 what torch asks for in reduced precision."""
         dtype = args[0].dtype if args and isinstance(args[0], torch.Tensor) else None
-        if func not in (aten.convolution.default, aten.convolution_backward.default) or dtype == torch.float:
+        if func not in CONVOLUTIONS or dtype == torch.float:
             return func(*args, **(kwargs or {}))
         results = func(*(a.float() if isinstance(a, torch.Tensor) else a for a in args))
         several = [results] if isinstance(results, torch.Tensor) else results
         several = [result if result is None else result.to(dtype) for result in several]
-        self.spoil(func.__name__.partition(".")[0], several, args)
+        self.spoil(CONVOLUTIONS[func], several, args)
         return several[0] if isinstance(results, torch.Tensor) else several
 
 
