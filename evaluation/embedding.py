@@ -1,5 +1,6 @@
 """The images of an evaluation as features: each is decoded once and embedded once."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from data_loader import evaluation_batches
 from devices import Processes
 from evaluation.protocols import Evaluation
 from evaluation.scoring import Features
-from images import PixelRange, decode
+from images import PixelRange, UnreadableImages, decode
 from model import TwoStreamResNet, extract_features
 
 
@@ -48,6 +49,24 @@ class TestImages:
                 pixels[start : start + len(batch)] = batch
                 start += len(batch)
             self.pixels[modality] = pixels
+
+    def first_batch(self, batch_size: int, device: torch.device, workers: int) -> dict[str, torch.Tensor]:
+        """The first images of both modalities, together a batch: {modality: (n, 3, H, W) float32}.
+
+        {} where one of them cannot be read: `embed` names all of those.
+        """
+        batch = {}
+        for modality, rows in self.rows.items():
+            paths = list(rows)[: max(batch_size // 2, 1)]
+            images = evaluation_batches(
+                paths, self.height, self.width, batch_size, device, workers, self.pixel_range
+            )
+            with contextlib.closing(images):
+                try:
+                    batch[modality] = next(images)
+                except UnreadableImages:
+                    return {}
+        return batch
 
     def embed(
         self,

@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ from torch import nn
 import data_manager
 from checkpoints import FACTS, image_size, load_checkpoint, saved_settings
 from data_manager import DATASETS
-from devices import Processes, autocast_dtype
+from devices import Processes
 from evaluation.embedding import TestImages
 from evaluation.flags import chosen_trials, settings_of
 from evaluation.runtimes import for_evaluation
 from evaluation.scoring import Features
 from model import build_model
+from precision import settle
 from utils import Parser, UserError, log
 
 TRIAL_IN_NAME = re.compile(r"_trial_\d+(?=_)")
@@ -167,7 +169,7 @@ def embed_models(
     flip: features with mirror images follow the plain ones, see embedding.TestImages.embed. runtime: see
     runtimes.for_evaluation.
     """
-    dtype, processes = autocast_dtype(args.amp, device) if runtime == "torch" else None, Processes()
+    dtype, processes = None, Processes()
     for model in models:
         trial = model.trials[0] if len(models) > 1 else None
         pixel_range = model.settings.get("pixel_range")
@@ -178,6 +180,9 @@ def embed_models(
             images.load(args.workers, processes)
         size = args.img_h, args.img_w
         network = for_evaluation(build_model(model.checkpoint, model.path), device, runtime, size, args.amp)
+        if runtime == "torch" and model is models[0]:  # the others have the same layers and sizes
+            batch = partial(images.first_batch, args.test_batch, device, args.workers)
+            dtype = settle(args.amp, network, batch, processes)
         features = images.embed(network, device, dtype, args.test_batch, args.workers, processes, trial, flip)
         yield trial, network, features
     images.pixels.clear()  # a report keeps the images, and all of RegDB is a gigabyte

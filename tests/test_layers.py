@@ -12,8 +12,8 @@ ROOMS = ("readers", "evaluation", "engine", "retrieval", "reporting", "synthetic
 LIBRARY = (  # each may import those before it
     "utils", "devices", "readers.formats", "images", "augmentation", "readers", "readers.lists",
     "readers.samples", "readers.sysu", "readers.regdb", "readers.llcm", "readers.own", "readers.ranges",
-    "readers.arrays", "data_manager", "checkpoints", "data_loader", "memory", "loss", "model", "reranking",
-    "evaluation.counting", "eval_metrics", "evaluation", "engine", "retrieval", "reporting",
+    "readers.arrays", "data_manager", "checkpoints", "data_loader", "memory", "loss", "model", "precision",
+    "reranking", "evaluation.counting", "eval_metrics", "evaluation", "engine", "retrieval", "reporting",
     "synthetic.people", "synthetic", "tools.commands",
 )  # fmt: skip
 COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}
