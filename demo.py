@@ -43,9 +43,11 @@ def get_args_parser() -> Parser:
         description="Draw, preprocess, train and test on synthetic data, and make a report.",
         parents=[device_flags()],
     )
-    parser.add_argument("--output", default="demo", metavar="DIR", help="folder of all results (demo)")
     parser.add_argument(
-        "--seed", type=seed_number, default=0, metavar="N", help="seed of drawing and training (0)"
+        "--output", default="demo", metavar="DIR", help="folder of all results (default: demo)"
+    )
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, metavar="N", help="seed of drawing and training (default: 0)"
     )
     return parser
 
