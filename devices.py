@@ -1,4 +1,4 @@
-"""Devices, precision, seeds, and the processes that torchrun starts."""
+"""Devices, seeds, and the processes that torchrun starts."""
 
 import contextlib
 import datetime
@@ -6,7 +6,6 @@ import os
 import random
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,33 +29,6 @@ def select_device(gpu: int | None) -> torch.device:
         return torch.device("cuda", gpu)
     log.info("running on the CPU (%s)", "--gpu -1" if gpu < 0 else "torch sees no GPU here")
     return torch.device("cpu")
-
-
-def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Return the precision that --amp means on device, None for float32. Also sets torch's TF32 switches.
-
-    `auto` is the fastest precision that the device supports natively. `off` is float32 everywhere: it also
-    turns off TF32, which cuDNN would use for convolutions.
-    """
-    torch.backends.cudnn.allow_tf32 = amp != "off"
-    torch.backends.cuda.matmul.allow_tf32 = False  # for the products of losses, memory and metrics
-    if amp == "auto":
-        if device.type == "cuda":
-            if torch.cuda.get_device_capability(device) >= (8, 0):
-                return torch.bfloat16
-            return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else None
-        return torch.bfloat16 if cpu_has_bfloat16() else None
-    if amp == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16 needs a GPU; on the CPU use auto, bf16 or off")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX); only Linux reports it."""
-    try:
-        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
-    except OSError:
-        return False
 
 
 # Processes wait this long at a barrier, since process 0 may have to decode a dataset's images.
@@ -119,6 +91,13 @@ class Processes:
         """Concatenate the tensors (n, ...) of the other processes: ((world_size - 1) * n, ...)."""
         n = len(tensor)
         return self.all_gather(tensor).roll(-n * self.rank, 0)[n:]
+
+    def all_gather_object(self, value: object) -> list:
+        """What every process has, in order of rank."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(values, value, self.host)
+        return values
 
     def barrier(self) -> None:
         """Wait until every process has called this."""

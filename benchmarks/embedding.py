@@ -22,9 +22,9 @@ from tqdm import tqdm
 from augmentation import normalize
 from benchmarks.preprocessing import draw_jpegs
 from benchmarks.timing import compare, wait_for
-from devices import autocast_dtype
 from evaluation.runtimes import RUNTIMES, for_evaluation
 from model import NonLocal, TwoStreamResNet, extract_features
+from precision import autocast_dtype
 from retrieval.embeddings import Embedder, Found, embed_files
 from retrieval.shards import Shard, shards_of
 from tools.embed import embed_into

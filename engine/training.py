@@ -1,7 +1,9 @@
 """What a run trains with and how far it is: data, network, memory bank, loss, optimiser; progress."""
 
 import argparse
+import contextlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import nn
 import data_manager
 from data_loader import IdentityBatches, TrainLoader
 from data_manager import DATASETS
-from devices import Processes, autocast_dtype, seed_globally, select_device
+from devices import Processes, seed_globally, select_device
 from engine.distributed import distribute
 from engine.settings import loss_weights
 from eval_metrics import Metrics
@@ -19,6 +21,7 @@ from evaluation.protocols import Evaluation, Protocol
 from loss import MCE, Baseline
 from memory import MemoryBank, NoMemory
 from model import TwoStreamResNet, load_strictly
+from precision import settle
 from readers.arrays import TrainingArrays, TrainingImages, open_training_arrays, training_arrays
 from readers.own import draw_split
 from utils import MODALITIES, UserError, log
@@ -150,7 +153,6 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
         UserError: data, weights, a device or a checkpoint that cannot be used.
     """
     device = select_device(args.gpu)
-    dtype = autocast_dtype(args.amp, device)
     processes.start(device)
     seed_globally(args.seed, args.deterministic)
 
@@ -160,6 +162,7 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
     if checkpoint:
         load_strictly(model, checkpoint["net"], f"--resume {args.resume}")
     model.to(device, memory_format=torch.channels_last)
+    dtype = settle(args.amp, model, partial(first_batch, loader), processes, training=True)
     bank, loss = build_loss(args, loader, model.dim, device, processes)
     network = distribute(model, loss, device, dtype, processes)
     training = Training(
@@ -181,6 +184,14 @@ def build_training(args: argparse.Namespace, checkpoint: dict | None, processes:
     if checkpoint:
         restore(training, checkpoint)
     return training
+
+
+def first_batch(loader: TrainLoader) -> dict[str, torch.Tensor]:
+    """The images of a run's first step as the network gets them, the aux ones beside the visible ones."""
+    with contextlib.closing(loader.epoch(0)) as batches:
+        images, _ = next(batches)
+    visible = torch.cat([images[modality] for modality in ("visible", "aux") if modality in images])
+    return {"visible": visible, "infrared": images["infrared"]}
 
 
 def protocol_of(args: argparse.Namespace) -> Protocol:

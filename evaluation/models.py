@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +13,11 @@ from torch import nn
 import data_manager
 from checkpoints import FACTS, image_size, load_checkpoint, saved_settings
 from data_manager import DATASETS, Samples
-from devices import Processes, autocast_dtype
+from devices import Processes
 from evaluation.protocols import Evaluation, Features, Protocol, mode_name
 from evaluation.runtimes import for_evaluation
 from model import build_model
+from precision import settle
 from reranking import RERANKING
 from utils import Parser, UserError, data_flags, device_flags, log
 
@@ -234,7 +236,7 @@ def embed_models(
 
     flip: the features are (2, N, D), see model.extract_features. runtime: see runtimes.for_evaluation.
     """
-    dtype, processes = autocast_dtype(args.amp, device) if runtime == "torch" else None, Processes()
+    dtype, processes = None, Processes()
     for model in models:
         trial = model.trials[0] if len(models) > 1 else None
         pixel_range = model.settings.get("pixel_range")
@@ -245,6 +247,9 @@ def embed_models(
             evaluation.load(args.workers, processes)
         size = args.img_h, args.img_w
         network = for_evaluation(build_model(model.checkpoint, model.path), device, runtime, size, args.amp)
+        if runtime == "torch" and model is models[0]:  # the others have the same layers and sizes
+            batch = partial(evaluation.first_batch, args.test_batch, device, args.workers)
+            dtype = settle(args.amp, network, batch, processes)
         features = evaluation.features(
             network, device, dtype, args.test_batch, args.workers, processes, trial, flip
         )

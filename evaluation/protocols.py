@@ -1,5 +1,6 @@
 """Evaluation for train.py and test.py: embed each image once, then score every protocol."""
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from data_loader import evaluation_batches
 from data_manager import DATASETS, Samples
 from devices import Array, Processes
 from eval_metrics import Metrics, Trial, evaluate_trials, matched
-from images import PixelRange, decode
+from images import PixelRange, UnreadableImages, decode
 from model import TwoStreamResNet, extract_features
 from reranking import RERANKING, affinity_inference
 from utils import UserError
@@ -177,6 +178,24 @@ class Evaluation:
                 features[modality][..., torch.tensor(mine, device=device), :] = share
             processes.all_reduce(features[modality])
         return features
+
+    def first_batch(self, batch_size: int, device: torch.device, workers: int) -> dict[str, torch.Tensor]:
+        """The first images of both modalities, together a batch: {modality: (n, 3, H, W) float32}.
+
+        {} where one of them cannot be read: `features` names all of those.
+        """
+        batch = {}
+        for modality, rows in self.rows.items():
+            paths = list(rows)[: max(batch_size // 2, 1)]
+            images = evaluation_batches(
+                paths, self.height, self.width, batch_size, device, workers, self.pixel_range
+            )
+            with contextlib.closing(images):
+                try:
+                    batch[modality] = next(images)
+                except UnreadableImages:
+                    return {}
+        return batch
 
     def load(self, workers: int, processes: Processes) -> None:
         """Decode this process's share of the images (uint8) once, for all calls of `features`.

@@ -17,8 +17,10 @@ from torch import nn
 from augmentation import normalize, pinned
 from checkpoints import fingerprint, image_size, load_checkpoint, saved_settings
 from data_loader import read_ahead
+from devices import Processes
 from images import PixelRange, read_image, readable_batches, to_pixels
 from model import TwoStreamResNet, build_model, extract_features, folded
+from precision import settle
 from readers.lists import JUNK, Finder, is_image, other_form, refuse_separator, warn_once
 from retrieval.shards import COLUMNS, known_columns
 from utils import UserError
@@ -168,6 +170,25 @@ def _read_table(stream: TextIO, source: Path, flag: str, modality: str | None) -
     if junk:
         warn_once(f"{flag} {source}: {junk} images of pid {JUNK}, junk, are left out")
     return Found(list(known), tuple(columns), list(known.values()))
+
+
+def settle_precision(
+    embedder: Embedder,
+    amp: str,
+    paths: Sequence[str],
+    modality: str,
+    batch_size: int,
+    workers: int,
+    processes: Processes,
+) -> torch.dtype | None:
+    """The precision to embed in, None for float32; compared on the first batch, see precision.settle."""
+
+    def batch() -> dict[str, torch.Tensor]:
+        with contextlib.closing(readable_batches(paths, embedder.pixels, batch_size, workers)) as parts:
+            pixels = next((pixels for pixels, rows, _ in parts if rows), None)
+        return {modality: normalize(torch.from_numpy(np.stack(pixels)).to(embedder.device))} if pixels else {}
+
+    return settle(amp, embedder.network, batch, processes)
 
 
 def embed_files(

@@ -1,8 +1,10 @@
 """What several test files use: the scripts as a user runs them, a tiny SYSU-MM01, a finished run on it."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from readers.arrays import TrainingImages, write_training_arrays
 from utils import run_script as run_main
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, and long where cores are shared
+DISK = 2e9  # bytes that the tests need for temporary files
 REPOSITORY = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # tests run side by side: one thread each
@@ -114,6 +117,16 @@ def read_slowly(path, height, width):
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=10, help="how often the kill test kills a run (10)")
+
+
+def pytest_sessionstart(session):
+    """Say so where the disk is nearly full: what fails then would not."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # no worker of xdist has it
+    folder = tempfile.gettempdir()
+    if reporter and (free := shutil.disk_usage(folder).free) < DISK:
+        reporter.write_line(
+            f"only {free / 1e9:.1f} GB are free in {folder}: the tests need {DISK / 1e9:.0f} GB"
+        )
 
 
 @pytest.fixture

@@ -14,7 +14,15 @@ from benchmarks.workload import draw_sysu, training_of
 from utils import MODALITIES, UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TINY = ["--arch=resnet18", "--img-h=32", "--img-w=16", "--batch-size=4", "--num-pos=2", "--test-batch=5"]
+TINY = [
+    "--amp=off",
+    "--arch=resnet18",
+    "--img-h=32",
+    "--img-w=16",
+    "--batch-size=4",
+    "--num-pos=2",
+    "--test-batch=5",
+]
 
 
 def run(*words):

@@ -21,7 +21,9 @@ def tiny(monkeypatch):
 
 
 def test_the_demo(tiny, tmp_path, capfd):
-    args = demo.get_args_parser().parse_args(["--output", str(tmp_path), "--seed", "3", "--workers", "1"])
+    args = demo.get_args_parser().parse_args(
+        ["--output", str(tmp_path), "--seed", "3", "--workers", "1", "--amp", "off"]
+    )
     demo.main(args)
     out = capfd.readouterr().out
     scripts = re.findall(r"^\$ python (\S+\.py|-m \w+)", out, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""devices.py: devices, precision, seeds, and two processes over gloo."""
+"""devices.py: devices, seeds, and two processes over gloo."""
 
 import logging
 import os
@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import devices
-from devices import Processes, autocast_dtype, seed_globally, select_device
+from devices import Processes, seed_globally, select_device
 from utils import UserError
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -37,59 +36,6 @@ def test_gpus_go_by_their_index(monkeypatch):
     assert chosen == [1, 0, 1]
     with pytest.raises(UserError, match=r"^--gpu 2: this machine's GPUs are 0 to 1$"):
         select_device(2)
-
-
-@pytest.mark.parametrize(
-    ("amp", "device", "expected"),
-    [
-        ("off", CPU, None),
-        ("bf16", CPU, torch.bfloat16),
-        ("off", GPU, None),
-        ("bf16", GPU, torch.bfloat16),
-        ("fp16", GPU, torch.float16),
-    ],
-)
-def test_amp_as_asked_for(amp, device, expected):
-    assert autocast_dtype(amp, device) == expected
-    assert torch.backends.cudnn.allow_tf32 is (amp != "off")  # of convolutions
-    assert torch.backends.cuda.matmul.allow_tf32 is False
-
-
-def test_float16_on_the_cpu_is_refused():
-    with pytest.raises(UserError, match=r"^--amp fp16 needs a GPU"):
-        autocast_dtype("fp16", CPU)
-
-
-@pytest.mark.parametrize(
-    ("capability", "expected"),
-    [((6, 1), None), ((7, 0), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
-)
-def test_amp_auto_on_a_gpu_is_what_it_does_natively(capability, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert autocast_dtype("auto", GPU) == expected
-
-
-@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, None)])
-def test_amp_auto_on_the_cpu(native, expected, monkeypatch):
-    monkeypatch.setattr(devices, "cpu_has_bfloat16", lambda: native)
-    assert autocast_dtype("auto", CPU) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("flags : sse avx512f avx512_bf16", True), ("flags : amx_bf16", True), ("flags : avx512f", False)],
-)
-def test_the_cpus_flags_tell_of_bfloat16(text, expected, monkeypatch):
-    monkeypatch.setattr(devices.Path, "read_text", lambda self: text)
-    assert devices.cpu_has_bfloat16() is expected
-
-
-def test_a_machine_that_tells_nothing_has_no_bfloat16(monkeypatch):
-    def refuse(self):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(devices.Path, "read_text", refuse)
-    assert devices.cpu_has_bfloat16() is False
 
 
 def test_alone_every_collective_is_the_identity(monkeypatch):

@@ -12,9 +12,9 @@ ROOMS = ("readers", "evaluation", "engine", "retrieval", "reporting", "synthetic
 LIBRARY = (  # each may import those before it
     "utils", "devices", "readers.formats", "images", "augmentation", "readers", "readers.lists",
     "readers.samples", "readers.sysu", "readers.regdb", "readers.llcm", "readers.own", "readers.ranges",
-    "readers.arrays", "data_manager", "checkpoints", "data_loader", "memory", "loss", "model", "reranking",
-    "eval_metrics", "evaluation", "engine", "retrieval", "reporting", "synthetic.people", "synthetic",
-    "tools.commands",
+    "readers.arrays", "data_manager", "checkpoints", "data_loader", "memory", "loss", "model", "precision",
+    "reranking", "eval_metrics", "evaluation", "engine", "retrieval", "reporting",
+    "synthetic.people", "synthetic", "tools.commands",
 )  # fmt: skip
 COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}
 WITHOUT_TORCH = ("utils", "images", "readers.lists", "readers.own", "data_manager", "synthetic")

@@ -249,7 +249,7 @@ def test_extract_features_gives_unit_rows_in_order():
     torch.manual_seed(0)
     model = TwoStreamResNet("resnet18").eval()
     randomise_batch_norms(model)  # else both stems are the same
-    images = torch.randn(5, 3, 32, 16)
+    images = torch.randn(5, 3, 48, 24)  # on smaller ones some CPUs compute bfloat16 wrongly
     features = extract_features(model, images.split(2), "aux")
     torch.testing.assert_close(features.norm(dim=1), torch.ones(5))
     torch.testing.assert_close(features, F.normalize(model(visible=images)).detach(), atol=1e-5, rtol=1e-4)

@@ -25,7 +25,9 @@ from plain_training import (
     tables,
     take_steps,
 )
+from rounding import Hardware
 
+import precision
 import synthetic
 import train
 from checkpoints import load_checkpoint, save_checkpoint
@@ -112,12 +114,14 @@ def test_a_step_that_overflows_changes_no_weight_and_halves_the_scale(sysu):
         assert torch.equal(weight, begin[name]), name
 
 
-def test_amp_is_the_precision_of_steps_and_of_the_memory(sysu):
+def test_amp_is_the_precision_of_steps_and_of_the_memory(sysu, monkeypatch):
+    monkeypatch.setattr(precision, "check", lambda *_: None)  # tests/test_precision.py has it
     training = start_training(sysu, "--amp", "bf16")
     seen = []
     training.model.layer1.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
-    rebuild_memory(training, 0)
-    take_steps(training, 1)
+    with Hardware():  # some CPUs compute maps of 2x1 wrongly, most slowly
+        rebuild_memory(training, 0)
+        take_steps(training, 1)
     assert len(seen) > 1
     assert set(seen) == {torch.bfloat16}
     assert all(table.dtype == torch.float32 for table in tables(training).values())

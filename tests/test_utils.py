@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
+import conftest
 import pytest
 from conftest import REPOSITORY
 
@@ -260,3 +262,13 @@ def test_which_file_is_missing(words, missing, tmp_path, monkeypatch, capsys):
         refuse_missing_checkpoints()
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"train.py: error: no file at {missing}\n"
+
+
+@pytest.mark.parametrize(("free", "lines"), [(1.94e9, 1), (2.1e9, 0)])
+def test_a_disk_that_is_nearly_full_is_told_before_the_tests(free, lines, monkeypatch):
+    said, session = [], MagicMock()
+    session.config.pluginmanager.get_plugin.return_value.write_line = said.append
+    monkeypatch.setattr(conftest.shutil, "disk_usage", lambda folder: MagicMock(free=free))
+    conftest.pytest_sessionstart(session)
+    assert len(said) == lines
+    assert all(line.startswith("only 1.9 GB are free in ") for line in said)

@@ -26,9 +26,9 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from devices import Processes, autocast_dtype, select_device
+from devices import Processes, select_device
 from evaluation.runtimes import RUNTIMES, for_evaluation
-from retrieval.embeddings import Found, embed_files, find_images, open_embedder
+from retrieval.embeddings import Found, embed_files, find_images, open_embedder, settle_precision
 from retrieval.shards import (
     COLUMNS,
     NAME,
@@ -185,7 +185,13 @@ def main(args: argparse.Namespace) -> int:
     amp, size = args.amp or saved.get("amp", "auto"), (embedder.height, embedder.width)
     if args.runtime != "torch":
         embedder.network = for_evaluation(embedder.network, device, args.runtime, size, args.amp or "auto")
-    dtype = autocast_dtype(amp, device) if args.runtime == "torch" else embedder.network.dtype
+        dtype = embedder.network.dtype
+    embedder.to(device, memory_format=torch.channels_last)
+    processes.start(torch.device("cpu"))  # all that they exchange is little
+    if args.runtime == "torch":
+        dtype = settle_precision(
+            embedder, amp, found.paths, args.modality, args.test_batch, args.workers, processes
+        )
     manifest = Manifest(
         fingerprint=embedder.fingerprint,
         dim=embedder.network.dim,
@@ -198,7 +204,6 @@ def main(args: argparse.Namespace) -> int:
     )
     folder = Path(args.output)
     first = processes.rank == 0
-    processes.start(torch.device("cpu"))  # all that they exchange is a count
     with opened(folder, manifest) if first else contextlib.nullcontext():
         dropped = tidy(folder, found) if first else 0
         processes.barrier()
@@ -206,7 +211,6 @@ def main(args: argparse.Namespace) -> int:
         todo = [k for k, path in enumerate(found.paths) if path not in done]
         processes.barrier()  # nobody writes until everybody has seen what is there
         mine = todo[processes.rank :: processes.world_size]
-        embedder.to(device, memory_format=torch.channels_last)
         batches = embed_files(
             embedder, [found.paths[k] for k in mine], args.modality, args.test_batch, args.workers, dtype
         )

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from devices import autocast_dtype, select_device
+from devices import Processes, select_device
 from images import PixelRange, UnreadableImages, read_image
-from retrieval.embeddings import embed_files, find_images, open_embedder
+from retrieval.embeddings import embed_files, find_images, open_embedder, settle_precision
 from retrieval.search import nearest, nearest_by_index, open_index
 from retrieval.shards import Embeddings
 from utils import Parser, UserError, at_least, device_flags, log, log_to_terminal, run_script, whole_file
@@ -161,11 +161,12 @@ def main(args: argparse.Namespace) -> int:
     index = open_index(gallery, args.top) if args.index else None
 
     device = select_device(args.gpu)
-    dtype = autocast_dtype(args.amp or saved.get("amp", "auto"), device)
     embedder.to(device, memory_format=torch.channels_last)
+    amp, modality = args.amp or saved.get("amp", "auto"), args.query_modality
+    dtype = settle_precision(embedder, amp, found.paths, modality, args.test_batch, args.workers, Processes())
     features, paths, failed = [], [], []
     for part, rows, failures in embed_files(
-        embedder, found.paths, args.query_modality, args.test_batch, args.workers, dtype
+        embedder, found.paths, modality, args.test_batch, args.workers, dtype
     ):
         features.append(part)
         paths += [found.paths[row] for row in rows]
