@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from data_manager import DATASETS
 from eval_metrics import summarize
 from evaluation.protocols import Evaluation, Protocol
+from evaluation.scoring import Features, score
 from tools.commands import machine_flags, run
 from utils import Parser, device_flags, run_script, seed_number
 
@@ -57,13 +58,18 @@ def chance(root: Path, protocol: Protocol, seed: int) -> dict[str, float]:
         protocol: to evaluate.
         seed: of the features.
     """
-    evaluation = Evaluation(root, [protocol], DATASETS[protocol.dataset].trials, 1, 1)
+    evaluation = Evaluation.draw(root, [protocol], DATASETS[protocol.dataset].trials)
     generator = torch.Generator().manual_seed(seed)
-    features = {
-        modality: F.normalize(torch.randn(len(rows), 64, generator=generator))
-        for modality, rows in evaluation.rows.items()
-    }
-    mean, _ = summarize(evaluation.score(features)[protocol])
+    images = evaluation.images()
+    features = Features.of_images(
+        images,
+        {
+            modality: F.normalize(torch.randn(len(samples), 64, generator=generator))
+            for modality, samples in images.items()
+        },
+    )
+    scores = score(evaluation, features, intervals=False)[protocol]
+    mean, _ = summarize([one.metrics for one in scores])
     return {"cmc": mean.cmc, "mAP": mean.mAP, "mINP": mean.mINP}
 
 

@@ -162,10 +162,30 @@ Array = np.ndarray | torch.Tensor
 
 
 def as_tensor(values: Array) -> torch.Tensor:
-    """Return values as a tensor, which shares their memory unless it is read-only."""
+    """Return values as a tensor, which shares their memory unless torch cannot (read-only, big-endian)."""
     if isinstance(values, torch.Tensor):
         return values.detach()
-    return torch.from_numpy(np.require(values, requirements="CW"))  # torch warns of read-only arrays
+    values = np.asarray(values)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"numbers are needed, not {values.dtype}")
+    native = np.float64 if values.dtype == np.longdouble else values.dtype.newbyteorder("=")
+    return torch.from_numpy(np.require(values, native, "CW"))  # torch warns of read-only arrays
+
+
+def as_ids(values: Array, name: str) -> torch.Tensor:
+    """Return int64 pids or camids; floats are taken if they are whole numbers, as MATLAB's are.
+
+    Raises ValueError, with the name, for text and for numbers that are not whole.
+    """
+    try:
+        ids = as_tensor(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    whole = ids.long()
+    if ids.is_floating_point() and not torch.equal(whole.to(ids.dtype), ids):
+        example = ids[whole.to(ids.dtype) != ids].flatten()[0].item()
+        raise ValueError(f"{name} must be whole numbers, and {example:g} is none")
+    return whole
 
 
 def as_features(values: Array) -> torch.Tensor:
@@ -179,4 +199,21 @@ def as_features(values: Array) -> torch.Tensor:
         raise ValueError(f"features must be (N, D), not {tuple(features.shape)}")
     if features.numel() and not torch.isfinite(torch.stack(features.aminmax())).all():
         raise ValueError("features hold NaN or infinity")
+    return features
+
+
+def unit_features(values: Array) -> torch.Tensor:
+    """Return a float32 tensor of unit features (N, D); half precision's rounding of the norm is allowed.
+
+    Raises:
+        ValueError: see as_features; or norms that differ from 1 by more than 0.01.
+    """
+    features = as_features(values)
+    if features.numel():
+        shortest, longest = torch.linalg.vector_norm(features, dim=1).aminmax()
+        if shortest < 0.99 or longest > 1.01:
+            raise ValueError(
+                f"features must be unit, and their norms are {shortest:.4g} to {longest:.4g}: "
+                "divide each by its norm"
+            )
     return features

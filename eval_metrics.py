@@ -13,14 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from devices import Array, as_features, as_tensor
+from devices import Array, as_features, as_ids, as_tensor, unit_features
+from evaluation.counting import Gallery, count, rank_matches
 from reranking import RERANKING
 from reranking import k_reciprocal as k_reciprocal  # other projects import it from here
 
 PROTOCOLS = ("sysu", "regdb", "llcm")
 PRODUCT = 2**25  # distances in one matrix product: 128 MB, enough rows to keep the product efficient
 CACHED = 2**20  # distances counted at a time on a CPU: 4 MB, which fit in its cache
-FEW_MATCHES = 64  # up to this number, two comparisons per match are faster than sorting
 
 
 class Metrics(NamedTuple):
@@ -29,6 +29,37 @@ class Metrics(NamedTuple):
     cmc: np.ndarray
     mAP: float
     mINP: float
+
+
+class QueryValues(NamedTuple):
+    """What each of Q queries gets. One without a match has NaN, NaN and 0, and counts in no average."""
+
+    ap: np.ndarray  # (Q,) float64, average precision
+    inp: np.ndarray  # (Q,) float64, inverse negative penalty
+    first: np.ndarray  # (Q,) int64, the first match's place, from 1, counted as CMC counts
+
+    @property
+    def counted(self) -> np.ndarray:
+        """(Q,) bool: which queries have a match."""
+        return self.first > 0
+
+    def metrics(self, max_rank: int = 20) -> Metrics:
+        """Average over the counted queries; max_rank: the length of the CMC curve."""
+        if max_rank < 1:
+            raise ValueError(f"max_rank must be at least 1, not {max_rank}")
+        first = self.first[self.counted]
+        at_rank = np.bincount(first.clip(max=max_rank + 1), minlength=max_rank + 2)
+        cmc = at_rank[1 : max_rank + 1].cumsum() / len(first)
+        return Metrics(cmc, *(float(values[self.counted].mean()) for values in (self.ap, self.inp)))
+
+
+class Ranking(NamedTuple):
+    """What the values of q counted queries follow from; evaluate_queries shows it block by block."""
+
+    rows: torch.Tensor  # (q,) int64, which of the Q queries
+    distances: torch.Tensor  # (q, G), infinite where ignored; rows with ties hold places instead
+    matches: torch.Tensor  # (q, M) in ascending order, distances of counted matches, then NaN
+    places: torch.Tensor  # (q, M) float64, their places among the images that count, from 1, then infinity
 
 
 class Trial(NamedTuple):
@@ -63,19 +94,19 @@ def eval_sysu(
 
     Source: docs/method.md section 8; the released code's eval_metrics.py.
     """
-    return _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, "sysu", max_rank)
+    return evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, "sysu").metrics(max_rank)
 
 
 def eval_regdb(distmat: Array, q_pids: Array, g_pids: Array, max_rank: int = 20) -> Metrics:
     """Evaluate as RegDB does: the complete gallery, no camera rule; CMC counts images. See eval_sysu."""
-    return _evaluate_distmat(distmat, q_pids, g_pids, None, None, "regdb", max_rank)
+    return evaluate_distmat(distmat, q_pids, g_pids, None, None, "regdb").metrics(max_rank)
 
 
 def eval_llcm(
     distmat: Array, q_pids: Array, g_pids: Array, q_camids: Array, g_camids: Array, max_rank: int = 20
 ) -> Metrics:
     """Evaluate as LLCM does: ignore the same pid in the same camera; CMC counts identities. See eval_sysu."""
-    return _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, "llcm", max_rank)
+    return evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, "llcm").metrics(max_rank)
 
 
 def eval_features(
@@ -95,12 +126,64 @@ def eval_features(
         q_pids, g_pids, q_camids, g_camids, max_rank: as in eval_sysu; regdb reads no camids.
         protocol: "sysu", "regdb" or "llcm".
 
-    Returns and raises what eval_sysu does; ValueError also for an unknown protocol.
+    Returns and raises what eval_sysu does; ValueError also for an unknown protocol, and for features that are
+    not unit.
     """
-    query, gallery = as_features(query_features), as_features(gallery_features)
-    shape = len(query), len(gallery)
-    ids = _ids(protocol, shape, gallery.device, q_pids, g_pids, q_camids, g_camids)
-    return _evaluate(partial(_feature_blocks, query, gallery), ids, protocol, max_rank)
+    trial = Trial(query_features, gallery_features, q_pids, g_pids, q_camids, g_camids)
+    return evaluate_queries(trial, protocol).metrics(max_rank)
+
+
+def evaluate_queries(
+    trial: Trial,
+    protocol: str,
+    rerank: Callable[[Array, Array], Array] | None = None,
+    distance: str = "cosine",
+    show: Callable[[Ranking], None] | None = None,
+) -> QueryValues:
+    """Evaluate each query of a trial; the one place where AP, the places and what is ignored are computed.
+
+    Args:
+        trial: features, pids and camids, as eval_features takes them.
+        protocol: "sysu", "regdb" or "llcm".
+        rerank: computes a distmat (Q, G) from query and gallery features; None: no re-ranking.
+        distance: "cosine", of unit features, or "euclidean", of any; without re-ranking.
+        show: is called with each block of counted queries.
+
+    Raises:
+        ValueError: see eval_features.
+    """
+    if rerank is not None:
+        distmat = rerank(trial.query_features, trial.gallery_features)
+        return evaluate_distmat(distmat, *trial[2:], protocol, show)
+    shape = len(trial.query_features), len(trial.gallery_features)
+    ids = _ids(protocol, shape, as_tensor(trial.gallery_features).device, *trial[2:])
+    return _evaluate(partial(distance_blocks, trial, distance), ids, protocol, show)
+
+
+def evaluate_distmat(
+    distmat: Array,
+    q_pids: Array,
+    g_pids: Array,
+    q_camids: Array | None,
+    g_camids: Array | None,
+    protocol: str,
+    show: Callable[[Ranking], None] | None = None,
+) -> QueryValues:
+    """Evaluate each query by distances (Q, G); see eval_sysu for them, evaluate_queries for the rest."""
+    distmat = as_tensor(distmat)
+    if distmat.ndim != 2:
+        raise ValueError(f"distmat must be (Q, G), not {tuple(distmat.shape)}")
+    if distmat.numel() and torch.isnan(distmat.amin()):
+        raise ValueError("distmat holds NaN")
+    wide = distmat.dtype == torch.float64 or not distmat.is_floating_point()
+    dtype = torch.float64 if wide else torch.float32
+    ids = _ids(protocol, distmat.shape, distmat.device, q_pids, g_pids, q_camids, g_camids)
+
+    def blocks(queries: torch.Tensor) -> Blocks:
+        for rows in queries.split(_height(distmat.shape[1], distmat.device)):
+            yield rows, distmat.index_select(0, rows).to(dtype)
+
+    return _evaluate(blocks, ids, protocol, show)
 
 
 def evaluate_trials(
@@ -109,14 +192,7 @@ def evaluate_trials(
     rerank: str | Callable[[Array, Array], Array] | None = None,
     max_rank: int = 20,
 ) -> list[Metrics]:
-    """Evaluate each trial; see eval_features.
-
-    Args:
-        trials: features, pids and camids.
-        protocol: "sysu", "regdb" or "llcm".
-        rerank: a function that computes a distmat (Q, G) from query and gallery features, or its name in
-            reranking.RERANKING; None: no re-ranking.
-        max_rank: length of the CMC curve.
+    """Evaluate each trial; see evaluate_queries. rerank may be a name in reranking.RERANKING too.
 
     Raises:
         ValueError: an unknown name of a re-ranking; see also eval_features.
@@ -125,14 +201,7 @@ def evaluate_trials(
         if rerank not in RERANKING:
             raise ValueError(f"rerank must be None or one of {', '.join(RERANKING)}, not {rerank!r}")
         rerank = RERANKING[rerank]
-    results = []
-    for trial in trials:
-        if rerank is None:
-            results.append(eval_features(*trial, protocol, max_rank))
-        else:
-            distmat = rerank(trial.query_features, trial.gallery_features)
-            results.append(_evaluate_distmat(distmat, *trial[2:], protocol, max_rank))
-    return results
+    return [evaluate_queries(trial, protocol, rerank).metrics(max_rank) for trial in trials]
 
 
 def summarize(results: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
@@ -152,13 +221,25 @@ def matched(
 
     Only these count in the averages. Arguments as in eval_features; the result is on the device of q_pids.
     """
-    shape, device = (len(q_pids), len(g_pids)), as_tensor(q_pids).device
+    shape = len(q_pids), len(g_pids)
+    device = q_pids.device if isinstance(q_pids, torch.Tensor) else None
     ids = _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids)
-    has_match = torch.isin(ids.q_pids, ids.g_pids)
-    for camid in ids.q_camids.unique().tolist() if protocol == "llcm" else [3]:
-        queries, ignored = ids.q_camids == camid, camid if protocol == "llcm" else 2
-        has_match[queries] = torch.isin(ids.q_pids[queries], ids.g_pids[ids.g_camids != ignored])
-    return has_match
+    # A gallery holds a match if it has more images of the pid than images of the pid to ignore.
+    pids, keys = (torch.cat(both).unique(return_inverse=True)[1] for both in (ids[:2], _keys(protocol, ids)))
+    _, ignored = (pids * len(keys) + keys).unique(return_inverse=True)
+    images, ignored = (
+        values[shape[0] :].bincount(minlength=sum(shape))[values[: shape[0]]] for values in (pids, ignored)
+    )
+    return images > ignored
+
+
+def ignored_pairs(
+    protocol: str, q_pids: Array, g_pids: Array, q_camids: Array | None, g_camids: Array | None
+) -> np.ndarray:
+    """Return (Q, G) bool: which gallery images each query ignores."""
+    ids = _ids(protocol, (len(q_pids), len(g_pids)), None, q_pids, g_pids, q_camids, g_camids)
+    q_keys, g_keys = _keys(protocol, ids)
+    return (q_keys[:, None] == g_keys).cpu().numpy()
 
 
 # ---- the protocols' rules
@@ -179,11 +260,21 @@ def _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids) -> _Ids:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
     if protocol == "regdb":
         q_camids, g_camids = (np.zeros(number, np.int64) for number in shape)
-    ids = _Ids(*(as_tensor(values).to(device).long() for values in (q_pids, g_pids, q_camids, g_camids)))
+    ids = _Ids(
+        *(
+            as_ids(values, name).to(device)
+            for name, values in zip(_Ids._fields, (q_pids, g_pids, q_camids, g_camids), strict=True)
+        )
+    )
     for name, values in ids._asdict().items():
         expected = shape[0] if name.startswith("q") else shape[1]
         if values.shape != (expected,):
             raise ValueError(f"{name} must have shape ({expected},), not {tuple(values.shape)}")
+        if protocol == "sysu" and name.endswith("camids") and ((values < 1) | (values > 6)).any():
+            lowest, highest = values.aminmax()
+            raise ValueError(
+                f"{name}: the cameras of SYSU-MM01 are 1 to 6, and these are {lowest} to {highest}"
+            )
     return ids
 
 
@@ -215,8 +306,19 @@ def _height(num_gallery: int, device: torch.device) -> int:
     return max(1, (CACHED if device.type == "cpu" else PRODUCT) // max(num_gallery, 1))
 
 
-def _feature_blocks(query: torch.Tensor, gallery: torch.Tensor, queries: torch.Tensor) -> Blocks:
-    """Yield negative cosine similarities, which rank as distances do."""
+def distance_blocks(trial: Trial, distance: str = "cosine", queries: torch.Tensor | None = None) -> Blocks:
+    """Yield what ranks as distances do: negative cosines, or squared Euclidean distances less ||q||^2.
+
+    Args and Raises: see evaluate_queries. queries: (q,) int64, which of them; None: all.
+    """
+    prepare = unit_features if distance == "cosine" else as_features
+    query, gallery = prepare(trial.query_features), prepare(trial.gallery_features)
+    if distance == "euclidean":  # ||g||^2 - 2 q.g as one product, around the mean so that little cancels
+        mean = gallery.mean(0)
+        query, gallery = query - mean, gallery - mean
+        query = torch.cat([query, query.new_ones(len(query), 1)], 1)
+        gallery = torch.cat([2 * gallery, -gallery.square().sum(1, keepdim=True)], 1)
+    queries = torch.arange(len(query), device=query.device) if queries is None else queries
     height = _height(len(gallery), gallery.device)
     many = max(1, max(64, PRODUCT // max(len(gallery), 1)) // height) * height
     for rows in queries.split(many):  # small products would be limited by reading the gallery
@@ -225,125 +327,43 @@ def _feature_blocks(query: torch.Tensor, gallery: torch.Tensor, queries: torch.T
         yield from zip(rows.split(height), product.split(height), strict=True)
 
 
-def _evaluate_distmat(distmat, q_pids, g_pids, q_camids, g_camids, protocol, max_rank) -> Metrics:
-    distmat = as_tensor(distmat)
-    if distmat.ndim != 2:
-        raise ValueError(f"distmat must be (Q, G), not {tuple(distmat.shape)}")
-    if distmat.numel() and torch.isnan(distmat.amin()):
-        raise ValueError("distmat holds NaN")
-    wide = distmat.dtype == torch.float64 or not distmat.is_floating_point()
-    dtype = torch.float64 if wide else torch.float32
-    ids = _ids(protocol, distmat.shape, distmat.device, q_pids, g_pids, q_camids, g_camids)
-
-    def blocks(queries: torch.Tensor) -> Blocks:
-        for rows in queries.split(_height(distmat.shape[1], distmat.device)):
-            yield rows, distmat.index_select(0, rows).to(dtype)
-
-    return _evaluate(blocks, ids, protocol, max_rank)
-
-
 # ---- counting
 
 
 @torch.no_grad()
-def _evaluate(blocks: Callable[[torch.Tensor], Blocks], ids: _Ids, protocol: str, max_rank: int) -> Metrics:
-    """Compute the metrics, averaged over the queries with a match; blocks(queries) yields their distances."""
-    if max_rank < 1:
-        raise ValueError(f"max_rank must be at least 1, not {max_rank}")
+def _evaluate(
+    blocks: Callable[[torch.Tensor], Blocks],
+    ids: _Ids,
+    protocol: str,
+    show: Callable[[Ranking], None] | None,
+) -> QueryValues:
+    """Compute the values of the queries with a match; blocks(queries) yields their distances."""
     queries = matched(protocol, *ids).nonzero()[:, 0]
     if not len(queries):
         raise ValueError("no query has a match in the gallery, so there is nothing to average")
-    gallery, (q_keys, g_keys) = _Gallery(ids.g_pids), _keys(protocol, ids)
-    rankings = []
+    gallery, (q_keys, g_keys) = Gallery(ids.g_pids), _keys(protocol, ids)
+    parts = []
     for rows, block in blocks(queries):
         keys = q_keys[rows, None]
         if protocol != "regdb":
             _set_ignored(block, keys, g_keys)
         images, real = gallery.images(ids.q_pids[rows])
         counted = real & (g_keys[images] != keys)
-        nearer = _count_nearer(block, images, counted, keys, g_keys)
-        preceding = nearer.amin(1)
+        matches, places = rank_matches(block, images, counted, keys, g_keys)
+        first = places[:, 0]
         if protocol != "regdb":  # CMC counts identities
-            first = block.gather(1, images).masked_fill_(~counted, torch.inf).amin(1, keepdim=True)
-            preceding = _count(torch.lt, gallery.nearest(block), first)[:, 0]
-        rankings.append((preceding, *_precision(nearer)))
-    preceding, precision, inverse = (torch.cat(values) for values in zip(*rankings, strict=True))
-    at_rank = torch.bincount(preceding.long().clamp_(max=max_rank), minlength=max_rank + 1)
-    return Metrics(
-        at_rank[:max_rank].cumsum(0).cpu().numpy() / len(preceding),
-        float(precision.mean()),
-        float(inverse.mean()),
-    )
+            first = 1 + count(torch.lt, gallery.nearest(block), matches[:, :1])[:, 0]
+        parts.append((*_precision(places), first.double()))
+        if show is not None:
+            show(Ranking(rows, block, matches, places))
+    values = torch.full((3, len(ids.q_pids)), torch.nan, dtype=torch.float64)
+    values[:, queries.cpu()] = torch.stack([torch.cat(part).cpu() for part in zip(*parts, strict=True)])
+    ap, inp, first = values.numpy()
+    return QueryValues(ap, inp, np.nan_to_num(first).astype(np.int64))
 
 
-class _Gallery:
-    """Finds the images of each pid, and the distance of the nearest one."""
-
-    def __init__(self, g_pids: torch.Tensor):
-        self.order = g_pids.argsort(stable=True)  # groups the images by pid
-        self.pids, self.counts = g_pids[self.order].unique_consecutive(return_counts=True)
-        self.starts = self.counts.cumsum(0) - self.counts
-        counts, by_count = self.counts.sort(descending=True)
-        starts = self.starts[by_count]  # pids with many images first, so pids with a t-th image lead
-        self.turns = [self.order[starts[counts > t] + t] for t in range(int(counts[0]))]
-
-    def images(self, pids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the gallery images (q, M) of pids (q,), and which entries are not padding."""
-        index = torch.searchsorted(self.pids, pids)
-        counts = self.counts[index, None]
-        turns = torch.arange(int(counts.max()), device=pids.device)
-        real = turns < counts
-        return self.order[(self.starts[index, None] + turns).where(real, 0)], real
-
-    def nearest(self, block: torch.Tensor) -> torch.Tensor:
-        """Return (q, number of pids): the distance of each pid's nearest image, from distances (q, G)."""
-        nearest = block.index_select(1, self.turns[0])
-        for turn in self.turns[1:]:
-            leading = nearest[:, : len(turn)]  # the pids that have an image in this turn
-            torch.minimum(leading, block.index_select(1, turn), out=leading)
-        return nearest
-
-
-def _count_nearer(
-    block: torch.Tensor, images: torch.Tensor, counted: torch.Tensor, keys: torch.Tensor, g_keys: torch.Tensor
-) -> torch.Tensor:
-    """Return (q, M): how many images are nearer than each match; infinity where a match is not counted.
-
-    Rows of block with ties, or with more than FEW_MATCHES matches, are replaced by positions in the ranking,
-    which are all different.
-
-    Args:
-        block: (q, G) distances, changed in place.
-        images: (q, M) the columns of the matches.
-        counted: (q, M) bool: neither padding nor ignored.
-        keys, g_keys: (q, 1) and (G,), see _keys.
-    """
-    matches = block.gather(1, images).masked_fill_(~counted, torch.nan)
-    few = matches.shape[1] <= FEW_MATCHES
-    tied = (_count(torch.eq, block, matches) != counted).any(1) if few else counted.any(1)
-    if tied.any():
-        ranked = block[tied].argsort(dim=1, stable=True)
-        ignored = (keys[tied] == g_keys).byte().gather(1, ranked)  # other images may be infinitely far too
-        ranked = ranked.gather(1, ignored.argsort(dim=1, stable=True))
-        positions = torch.arange(block.shape[1], device=block.device, dtype=block.dtype)
-        block[tied] = block[tied].scatter_(1, ranked, positions.expand(len(ranked), -1))
-        matches = block.gather(1, images)
-    return (_count(torch.lt, block, matches) if few else matches).masked_fill(~counted, torch.inf)
-
-
-def _count(compare: Callable[..., torch.Tensor], block: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return (q, M): for how many columns of block (q, G) compare(column, value) holds, for values (q, M).
-
-    On a CPU, summing ones and zeros of the block's dtype is much faster than summing booleans. The sum is
-    exact up to 2**24 gallery images.
-    """
-    out = torch.empty_like(block)
-    return torch.stack([compare(block, column, out=out).sum(1) for column in values.split(1, dim=1)], dim=1)
-
-
-def _precision(nearer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return average precision and inverse negative penalty, float64 (q,), from nearer (q, M)."""
-    position = nearer.double().sort(dim=1).values + 1  # in the ranking, starting at 1
-    total = position.isfinite().sum(1)
-    number = torch.arange(1, position.shape[1] + 1, device=position.device)  # number of matches so far
-    return (number / position).sum(1) / total, total / position.gather(1, total[:, None] - 1)[:, 0]
+def _precision(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return average precision and inverse negative penalty, float64 (q,), from Ranking.places."""
+    total = places.isfinite().sum(1)
+    number = torch.arange(1, places.shape[1] + 1, device=places.device)  # number of matches so far
+    return (number / places).sum(1) / total, total / places.gather(1, total[:, None] - 1)[:, 0]

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from devices import Array, as_features
+from devices import Array, unit_features
 
 PAIRS = 2**19  # pairs of sparse entries compared at a time: 25 MB of temporaries
 SYMMETRIC = 192  # images in a block of the (N, N) distances
@@ -45,7 +45,7 @@ def k_reciprocal(
     """
     num_query, num = len(query_features), len(query_features) + len(gallery_features)
     distances, halves = _distances(  # of features rounded as in the released code
-        torch.cat([as_features(query_features).half(), as_features(gallery_features).half()])
+        torch.cat([unit_features(query_features).half(), unit_features(gallery_features).half()])
     )
     close_k = round(k1 / 2) + 1
     nearest = _nearest_in_half_precision(halves, [min(k, num) for k in (k2, close_k, k1 + 1)])
@@ -65,7 +65,8 @@ def k_reciprocal(
     vectors = scipy.sparse.csr_matrix((weights, (expanded.row, expanded.col)), shape=(num, num))
     total = vectors.sum(1).A1  # 0 for images that equal ones push out of all neighbourhoods
     vectors = scipy.sparse.diags(1 / np.where(total > 0, total, 1)) @ vectors
-    vectors = _indicator(nearest[:, :k2], num) @ vectors / min(k2, num)
+    if k2 > 1:  # with equal images, the nearest one may be another
+        vectors = _indicator(nearest[:, :k2], num) @ vectors / min(k2, num)
 
     distmat = distances[:num_query, num_query:] * lambda_value
     del distances  # (N, N)
@@ -94,7 +95,7 @@ def affinity_inference(query_features: Array, gallery_features: Array, k1: int =
     Source: Fang, Yang, Fu, Visible-Infrared Person Re-Identification via Semantic Alignment and Affinity
     Inference, ICCV 2023, with the details of the authors' implementation.
     """
-    query, gallery = as_features(query_features), as_features(gallery_features)
+    query, gallery = unit_features(query_features), unit_features(gallery_features)
     q_values, q_nearest = _most_similar(query, gallery, k1)
     g_values, g_nearest = _most_similar(gallery, gallery, k1)
     q_affinities = _sparse(q_nearest, q_values, len(gallery))
@@ -124,7 +125,7 @@ def graph_propagation(query_features: Array, gallery_features: Array, k1: int = 
     Source: Zhang et al., Understanding Image Retrieval Re-Ranking: A Graph Neural Network Perspective,
     arXiv 2012.07620, with the details of the authors' implementation.
     """
-    query, gallery = as_features(query_features), as_features(gallery_features)
+    query, gallery = unit_features(query_features), unit_features(gallery_features)
     features = torch.cat([query, gallery])
     values, nearest = _most_similar(features, features, k1)
     weights = _sparse(nearest[:, :k2], values[:, :k2] ** 2, len(features))

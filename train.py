@@ -31,7 +31,8 @@ from engine.files import Run
 from engine.launch import launch
 from engine.training import SELECTION, Progress, Training
 from eval_metrics import Metrics, summarize
-from evaluation.protocols import Evaluation, Features
+from evaluation.embedding import TestImages
+from evaluation.scoring import Features, score
 from model import extract_features
 from utils import UserError, log, run_script
 
@@ -53,7 +54,7 @@ def main(command: list[str]) -> int | None:
 # --- a run: its epochs, evaluations and checkpoints
 
 
-def fit(training: Training, evaluation: Evaluation, progress: Progress, run: Run) -> None:
+def fit(training: Training, test_images: TestImages, progress: Progress, run: Run) -> None:
     """Train the remaining epochs: set the rate, rebuild the memory, train, save, evaluate, keep the best."""
     args, processes, loader = training.args, training.processes, training.loader
     started, epochs_before = time.perf_counter(), progress.epoch
@@ -61,7 +62,9 @@ def fit(training: Training, evaluation: Evaluation, progress: Progress, run: Run
     if progress.epoch == 0:
         with contextlib.closing(loader.epoch(0)) as batches:  # for TensorBoard: augmented images
             board.add_batch(next(batches)[0])
-    evaluate_if_due(training, evaluation, progress, run, board)  # --epochs 0, or stopped during an evaluation
+    evaluate_if_due(
+        training, test_images, progress, run, board
+    )  # --epochs 0, or stopped during an evaluation
     for epoch in range(progress.epoch, args.epochs):
         rate = learning_rate(epoch, args.lr, args.warmup_epochs, args.decay_epochs)
         for group in training.optimizer.param_groups:
@@ -100,7 +103,7 @@ def fit(training: Training, evaluation: Evaluation, progress: Progress, run: Run
         board.add_epoch(progress.record())
         if processes.rank == 0:
             run.save(training.state() | progress.state())
-        evaluate_if_due(training, evaluation, progress, run, board)
+        evaluate_if_due(training, test_images, progress, run, board)
     board.close()
     if progress.best:
         log.info("best: %s, epoch %d, mAP %.2f", run.best, progress.best["epoch"], 100 * progress.best["mAP"])
@@ -108,7 +111,7 @@ def fit(training: Training, evaluation: Evaluation, progress: Progress, run: Run
 
 
 def evaluate_if_due(
-    training: Training, evaluation: Evaluation, progress: Progress, run: Run, board: Board
+    training: Training, test_images: TestImages, progress: Progress, run: Run, board: Board
 ) -> None:
     """If an evaluation is due and not done yet: evaluate, keep the best, save and log.
 
@@ -120,7 +123,7 @@ def evaluate_if_due(
     if not due or progress.evaluated == epoch:
         return
     began = time.perf_counter()
-    metrics, features = evaluate(training, evaluation)
+    metrics, features = evaluate(training, test_images)
     # The highest mAP is best, as in the released code; of equal ones, the earliest.
     is_best = (
         args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP > progress.best["mAP"])
@@ -130,25 +133,25 @@ def evaluate_if_due(
         progress.best = {"epoch": epoch, "rank1": rank1, "mAP": mAP, "mINP": mINP}
     progress.evaluated, progress.latest = epoch, metrics
     progress.record()["evaluation"] = {
-        "protocol": evaluation.protocols[0].title,
+        "protocol": test_images.evaluation.protocols[0].title,
         "metrics": {"rank-1": rank1, "rank-10": rank10, "mAP": mAP, "mINP": mINP},
         "best": is_best,
         "seconds": time.perf_counter() - began,
     }
-    board.add_evaluation(progress.record(), features, evaluation)
+    board.add_evaluation(progress.record(), features, test_images.evaluation)
     if training.processes.rank == 0:
         run.save(training.state() | progress.state(), is_best, SELECTION[args.select])
 
 
-def evaluate(training: Training, evaluation: Evaluation) -> tuple[Metrics, Features]:
+def evaluate(training: Training, test_images: TestImages) -> tuple[Metrics, Features]:
     """Evaluate the network: the metrics, averaged over the protocol's trials, and the features."""
     args = training.args
     training.model.eval()
-    features = evaluation.features(
+    (features,) = test_images.embed(
         training.model, training.device, training.dtype, args.test_batch, args.workers, training.processes
     )
-    [metrics] = evaluation.score(features).values()
-    return summarize(metrics)[0], features
+    (scores,) = score(test_images.evaluation, features, intervals=False).values()
+    return summarize([each.metrics for each in scores])[0], features
 
 
 # --- an epoch: learning rate, memory, steps
@@ -297,7 +300,7 @@ def refuse_non_finite_weights(model: torch.nn.Module, epoch: int) -> None:
 # --- trying a run
 
 
-def check(training: Training, evaluation: Evaluation) -> None:
+def check(training: Training, test_images: TestImages) -> None:
     """Try a few steps and one evaluation batch and log their time and memory; writes no files."""
     bank, loader, device = training.bank, training.loader, training.device
     classes, dim = loader.batches.classes, training.model.dim
@@ -308,7 +311,7 @@ def check(training: Training, evaluation: Evaluation) -> None:
         losses = train_one_epoch(training, [step], 0)
         seconds.append(time.perf_counter() - began)
     log.info("one step: loss %.3f, %.3f s; the first %.1f s", losses[0, 0], min(seconds), seconds[0])
-    images = torch.from_numpy(evaluation.pixels["infrared"][: training.args.test_batch])
+    images = torch.from_numpy(test_images.pixels["infrared"][: training.args.test_batch])
     normalized = normalize(images.to(device))
     features = extract_features(training.model.eval(), [normalized], "infrared", training.dtype)
     log.info("one evaluation batch: %d images, %d features each", *features.shape)

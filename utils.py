@@ -9,6 +9,7 @@ import platform
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +46,23 @@ def run_script(
         sys.exit(141)
     finally:
         signal.signal(signal.SIGTERM, previous)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            leave(sys.exc_info()[1])
+
+
+def leave(error: BaseException) -> None:
+    """End this process, one of those that torchrun started, as error would, but at once.
+
+    Python takes torch apart at its end, which takes a second or more of a core: the other processes, which
+    learn of an end by their broken connections, and torchrun would wait for it.
+    """
+    status = error.code or 0 if isinstance(error, SystemExit) else 1
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    with contextlib.suppress(OSError):  # nobody reads them any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
 
 
 def log_to_terminal(quiet: bool = False, stream: TextIO | None = None, clock: bool = False) -> None:
@@ -136,7 +154,12 @@ def refuse_missing_checkpoints() -> None:
     with contextlib.suppress(UserError):
         args, others = parser.parse_known_args()
         for name in {*args.resume, *args.weights} - {"auto", "imagenet", "none"}:
-            found = "{trial}" in name or Path(name).exists() or Path(args.model_path, name).exists()
+            found = (
+                "{trial}" in name
+                or "{seed}" in name
+                or Path(name).exists()
+                or Path(args.model_path, name).exists()
+            )
             if not found and not {"-h", "--help"} & set(others):
                 print(f"{Path(sys.argv[0]).name}: error: no file at {name}", file=sys.stderr)
                 sys.exit(2)

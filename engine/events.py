@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from augmentation import MEAN, STD
-from evaluation.protocols import Evaluation, Features
-from evaluation.similarity import equal_error_rate, images_of, overlap, sample_similarities
+from evaluation.protocols import Evaluation
+from evaluation.scoring import Features
+from evaluation.similarity import equal_error_rate, overlap, sample_similarities
 from utils import log
 
 ROWS = ("visible", "aux", "infrared")  # from top to bottom
@@ -68,8 +69,8 @@ class Board:
         if not self.writer:
             return
         epoch, scalars = record["epoch"], dict(record["evaluation"]["metrics"])
-        pids = {modality: samples.pids for modality, samples in images_of(evaluation).items()}
-        for name, pair in sample_similarities(features, pids).items():
+        pids = {modality: samples.pids for modality, samples in evaluation.images().items()}
+        for name, pair in sample_similarities(features.tensors, pids).items():
             self.writer.add_histogram(f"similarity, {name}/within identities", pair.within, epoch)
             self.writer.add_histogram(f"similarity, {name}/between identities", pair.between, epoch)
             scalars |= {f"overlap/{name}": overlap(pair), f"equal-error rate/{name}": equal_error_rate(pair)}

@@ -14,12 +14,12 @@ from data_manager import DATASETS
 from devices import Processes, select_device
 from engine.files import Run, environment
 from engine.settings import open_run, typed_settings
-from engine.training import Progress, Training, build_evaluation, build_training
-from evaluation.protocols import Evaluation
+from engine.training import Progress, Training, build_test_images, build_training
+from evaluation.embedding import TestImages
 from utils import UserError, log, log_to_terminal
 
-Fit = Callable[[Training, Evaluation, Progress, Run], None]  # trains the remaining epochs of a run
-Check = Callable[[Training, Evaluation], None]  # tries whether that would work
+Fit = Callable[[Training, TestImages, Progress, Run], None]  # trains the remaining epochs of a run
+Check = Callable[[Training, TestImages], None]  # tries whether that would work
 
 
 def launch(command: list[str], fit: Fit, check: Check) -> int | None:
@@ -137,7 +137,7 @@ def train_run(
         if checkpoint is None and first and not args.overwrite:
             run.refuse_to_overwrite(args.epochs)
         training = build_training(args, checkpoint, processes)
-        evaluation = build_evaluation(training)
+        test_images = build_test_images(training)
         header = environment() | training.describe() | {"run": str(run.last)}
         progress.made_with = {name: header[name] for name in ("command", "versions", "network", "device")}
         for name, words in header.items():
@@ -145,7 +145,7 @@ def train_run(
                 log.info("%s: %s", name, words)
         told |= header
         if args.check:
-            check(training, evaluation)
+            check(training, test_images)
             return None
         if first:
             if checkpoint is None:
@@ -154,7 +154,7 @@ def train_run(
             run.publish(progress.history)
             if progress.best and not run.best.exists():  # renamed, or moved without it
                 log.warning("%s is missing: epoch %d, the best so far", run.best, progress.best["epoch"])
-        fit(training, evaluation, progress, run)
+        fit(training, test_images, progress, run)
         return progress.result
     except torch.OutOfMemoryError as error:
         sizes = f"--batch-size {args.batch_size} --num-pos {args.num_pos} or --test-batch {args.test_batch}"

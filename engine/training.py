@@ -17,6 +17,7 @@ from devices import Processes, seed_globally, select_device
 from engine.distributed import distribute
 from engine.settings import loss_weights
 from eval_metrics import Metrics
+from evaluation.embedding import TestImages
 from evaluation.protocols import Evaluation, Protocol
 from loss import MCE, Baseline
 from memory import MemoryBank, NoMemory
@@ -199,8 +200,8 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     return Protocol(args.dataset, args.mode, split="val" if args.select == "val" else "test")
 
 
-def build_evaluation(training: Training) -> Evaluation:
-    """The evaluation of a run, its images decoded: broken ones are found before the first step.
+def build_test_images(training: Training) -> TestImages:
+    """The images that a run is evaluated on, decoded: broken ones are found before the first step.
 
     Raises:
         UserError: see Evaluation; or an image that cannot be read.
@@ -208,11 +209,10 @@ def build_evaluation(training: Training) -> Evaluation:
     args = training.args
     root = data_manager.dataset_root(args.dataset, args.data_path)
     trials = [int(args.trial)] if args.trial else DATASETS[args.dataset].trials
-    evaluation = Evaluation(
-        root, [protocol_of(args)], trials, args.img_h, args.img_w, pixel_range=args.pixel_range
-    )
-    evaluation.load(args.workers, training.processes)
-    return evaluation
+    evaluation = Evaluation.draw(root, [protocol_of(args)], trials)
+    test_images = TestImages(evaluation, args.img_h, args.img_w, args.pixel_range)
+    test_images.load(args.workers, training.processes)
+    return test_images
 
 
 def build_loss(

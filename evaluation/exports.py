@@ -1,99 +1,94 @@
-"""Results for other programs: JSON, a NumPy archive, and what SYSU-MM01's MATLAB evaluation reads.
-
-features: {modality: (N, D) tensor}; rows: {modality: {image path: its row of the features}}; samples: who is
-in the images, as data_manager.Samples has it: paths, pids, camids and modality.
-"""
+"""Results for other programs: JSON, a NumPy archive, and what SYSU-MM01's MATLAB evaluation reads."""
 
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import scipy.io
 
-from eval_metrics import Metrics, summarize
-from evaluation.protocols import Evaluation
-from evaluation.tables import counts_of, warnings
+from data_manager import Samples
+from eval_metrics import Metrics
+from evaluation.files import mat_file
+from evaluation.intervals import MEASURES, Jackknife
+from evaluation.methods import Method, difference
+from evaluation.scoring import Features
+from evaluation.tables import counts_of, rows_of, warnings
 from utils import versions, whole_file
 
 
-def save_features(
-    path: str | os.PathLike, features: Mapping, rows: Mapping[str, Mapping[str, int]], samples: Iterable
-) -> None:
-    """Write <modality>_features (N, D), _paths, _pids and _camids (N,) to one .npz."""
-    pids = {modality: np.zeros(len(own), np.int64) for modality, own in rows.items()}
-    camids = {modality: np.zeros(len(own), np.int64) for modality, own in rows.items()}
-    for part in samples:
-        places = [rows[part.modality][image] for image in part.paths]
-        pids[part.modality][places], camids[part.modality][places] = part.pids, part.camids
+def save_features(path: str | os.PathLike, features: Features, images: Mapping[str, Samples]) -> None:
+    """Write <modality>_features (N, D), _paths, _pids and _camids (N,) to one .npz.
+
+    images: {modality: Samples}, see protocols.Evaluation.images.
+    """
     arrays = {}
-    for modality, own in rows.items():
+    for modality, samples in images.items():
         arrays |= {
-            f"{modality}_features": features[modality].cpu().numpy(),
-            f"{modality}_paths": np.array(list(own)),
-            f"{modality}_pids": pids[modality],
-            f"{modality}_camids": camids[modality],
+            f"{modality}_features": features.of(samples).cpu().numpy(),
+            f"{modality}_paths": np.array(samples.paths),
+            f"{modality}_pids": samples.pids,
+            f"{modality}_camids": samples.camids,
         }
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
 
-def mat_file(folder: str | os.PathLike, camid: int) -> Path:
-    """Where save_mat writes the features of a camera."""
-    return Path(folder, f"feature_cam{camid}.mat")
-
-
-def save_mat(
-    folder: str | os.PathLike,
-    features: Mapping,
-    rows: Mapping[str, Mapping[str, int]],
-    samples: Iterable,
-) -> None:
+def save_mat(folder: str | os.PathLike, features: Features, samples: Iterable[Samples]) -> None:
     """Write the cell `feature` (1, largest pid) of each camera: row i of feature{pid} is its i-th image's.
 
     samples: every image of the test ids, those of a pid and camera in file-name order. A pid without images
     in the camera has a (0, D) matrix. Source: the evaluation that the authors of SYSU-MM01 publish.
     """
     for part in samples:
-        numbers = features[part.modality].cpu().numpy().astype(np.float64)
-        places = np.array([rows[part.modality][image] for image in part.paths])
+        numbers = features.of(part).cpu().numpy().astype(np.float64)
         for camid in np.unique(part.camids).tolist():
             cells = np.empty((1, int(part.pids.max())), object)
             for k in range(cells.size):
-                cells[0, k] = numbers[places[(part.camids == camid) & (part.pids == k + 1)]]
+                cells[0, k] = numbers[(part.camids == camid) & (part.pids == k + 1)]
             with whole_file(mat_file(folder, camid)) as temporary, open(temporary, "wb") as file:
                 scipy.io.savemat(file, {"feature": cells})
 
 
-def save_json(
-    path: str | os.PathLike,
-    settings: Mapping,
-    device: object,
-    checkpoints: Sequence[Mapping],
-    evaluation: Evaluation,
-    results: Mapping,
-) -> None:
+def save_json(path: str | os.PathLike, device: object, methods: Sequence[Method]) -> None:
     """Write settings, versions, warnings and, for each row of the table, counts and metrics in [0, 1].
 
-    checkpoints: see tables.heading; results: see tables.Results. Counts and metrics are of every trial.
+    intervals and difference (to the first method; null if not paired) are those of evaluation.intervals.
+    With several seeds the metrics of trials are of the mean over seeds.
     """
-    trials = [trial for checkpoint in checkpoints for trial in checkpoint["trials"]]
-    rows, counts = [], counts_of(evaluation)
-    for (protocol, flip, rerank), metrics in results.items():
-        mean, deviation = summarize(metrics)
+    rows, counts = [], {}
+    for _, row, method in rows_of(methods):
+        found, scores = counts_of(method.evaluation), method.results[row]
+        counts |= found
+        protocol, flip, rerank = row
+        paired = None if method is methods[0] else difference(row, method, methods[0])
+        trials = dict(zip(method.trials, map(_numbers, scores.by_trial), strict=True))
         rows.append(
             asdict(protocol)
-            | {"flip": flip, "rerank": rerank}
-            | {"counts": {trial: asdict(counts[protocol, trial]) for trial in trials}}
-            | {"trials": dict(zip(trials, map(_numbers, metrics), strict=True))}
-            | {"mean": _numbers(mean), "std": _numbers(deviation)}
+            | {"method": method.name, "flip": flip, "rerank": rerank}
+            | {"counts": {trial: asdict(found[protocol, trial]) for trial in method.trials}}
+            | {"trials": trials}
+            | {"mean": _numbers(scores.mean), "std": _numbers(scores.over_trials)}
+            | {"std_over_seeds": _numbers(scores.over_seeds) if len(scores.seeds) > 1 else None}
+            | {"intervals": _intervals(scores.jackknife), "difference": _intervals(paired)}
         )
-    report = {"checkpoints": checkpoints, "settings": settings, "versions": versions()}
+    report = {"checkpoints": [fact for method in methods for fact in method.facts]}
+    report |= {"settings": vars(methods[0].args), "versions": versions()}
     report |= {"device": str(device), "warnings": warnings(counts), "results": rows}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1, default=_plain), encoding="utf-8")
+
+
+def _intervals(jackknife: Jackknife | None) -> dict[str, dict] | None:
+    """95 % intervals of mAP and rank-1; half and p are null with too few persons."""
+    if jackknife is None:
+        return None
+    found = {measure: jackknife.interval(measure)._asdict() for measure in MEASURES}
+    return {
+        measure: {key: None if np.isnan(value) else value for key, value in own.items()}
+        for measure, own in found.items()
+    }
 
 
 def _numbers(metrics: Metrics) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What test.py and tools.report share: their flags, the checkpoints that they evaluate, and the features."""
+"""Checkpoints to evaluate: which files, with which settings, on which trials, and their features."""
 
 import argparse
 import re
@@ -12,14 +12,15 @@ from torch import nn
 
 import data_manager
 from checkpoints import FACTS, image_size, load_checkpoint, saved_settings
-from data_manager import DATASETS, Samples
+from data_manager import DATASETS
 from devices import Processes
-from evaluation.protocols import Evaluation, Features, Protocol, mode_name
+from evaluation.embedding import TestImages
+from evaluation.flags import chosen_trials, settings_of
 from evaluation.runtimes import for_evaluation
+from evaluation.scoring import Features
 from model import build_model
 from precision import settle
-from reranking import RERANKING
-from utils import Parser, UserError, data_flags, device_flags, log
+from utils import Parser, UserError, log
 
 TRIAL_IN_NAME = re.compile(r"_trial_\d+(?=_)")
 
@@ -39,70 +40,33 @@ class Model:
         return {"path": str(self.path), "trials": self.trials, "args": self.settings} | recorded
 
 
-def evaluation_flags() -> Parser:
-    """Flags of the commands that evaluate checkpoints; what is not typed comes from those or the dataset."""
-    parser = Parser(add_help=False, parents=[data_flags(), device_flags()])
-    add = parser.add_argument_group("what is evaluated").add_argument
-    add("--dataset", choices=DATASETS, help="(the checkpoint's, or sysu)")
-    add(
-        "--mode", type=mode_name, nargs="+", metavar="MODE",
-        help="sysu: all, indoor (all); others: visible-to-infrared, infrared-to-visible (both), or -thermal",
-    )  # fmt: skip
-    add("--shot", type=int, nargs="+", choices=(1, 10), default=[1], help="gallery images of sysu (1)")
-    add(
-        "--galleries", choices=("seeded", "published"), default="seeded",
-        help="sysu: drawn by random.Random(trial), or the dataset authors' exp/rand_perm_cam.mat (seeded)",
-    )  # fmt: skip
-    add("--trial", metavar="N", help="one trial, or all (all; for a model of one RegDB trial: that trial)")
-    add("--allow-short", action="store_true", help="accept galleries with fewer images than --shot")
-    add(
-        "--ignore-same-camera", action="store_true",
-        help="own images: ignore gallery images of the query's identity and camera, and let CMC count "
-        "identities, as LLCM does",
-    )  # fmt: skip
-    add("--rerank", nargs="+", choices=RERANKING, default=[], help="add rows with re-ranked galleries")
-    add(
-        "--model-path", default="save_model", metavar="DIR",
-        help="second folder to look for checkpoints in (save_model)",
-    )  # fmt: skip
-    return parser
-
-
-def parse_and_find(
-    parser: Parser, command: Sequence[str], resume: str, dataset: str | None = None
+def find_checkpoints(
+    parser: Parser, words: list[str], resume: str, dataset: str | None = None
 ) -> tuple[argparse.Namespace, list[Model]]:
-    """The settings to evaluate a checkpoint with: the dataset's, replaced by its own, replaced by typed ones.
+    """The settings to evaluate a checkpoint with, and the checkpoints, each read from disk once.
 
     Args:
         parser: with evaluation_flags.
-        command: the words of the command line.
+        words: the command line.
         resume: the checkpoint.
         dataset: on which those before it were evaluated; None for the first.
 
     Returns:
-        The settings, and the checkpoints, each read from disk once: one, or one for each trial of RegDB.
+        The settings, see flags.settings_of, and one checkpoint, or one for each trial of RegDB.
 
     Raises:
         UserError: a wrong flag, or a checkpoint that is missing, broken, does not fit, or of another dataset.
     """
-    typed = parser.parse_args(command)
-    models = find_models(typed, resume, dataset)
-    saved = {key: value for key, value in models[0].settings.items() if value is not None}
-    facts = DATASETS[typed.dataset]  # filled in by find_models
-    modes = ["all"] if typed.dataset == "sysu" else list(facts.modes)
-    parser.set_defaults(dataset=typed.dataset, trial=typed.trial or "all", mode=modes)
+    typed = parser.parse_args(words)
+    models = find_models(typed, resume, dataset)  # fills in dataset and trial
     first = models[0]
     height, width = image_size(first.checkpoint, first.path, typed.img_h, typed.img_w, typed.dataset)
-    parser.set_defaults(img_h=height, img_w=width)
-    parser.set_defaults(**{key: saved[key] for key in ("amp",) if key in saved})
-    args = parser.parse_args(command)
-    if args.ignore_same_camera and args.dataset != "folder":
-        raise UserError(f"--ignore-same-camera is for own images; {facts.title} has its own rule")
-    return args, models
+    saved = {"img_h": height, "img_w": width, "amp": first.settings.get("amp")}
+    return settings_of(parser, words, typed.dataset, typed.trial, saved), models
 
 
 def find_models(args: argparse.Namespace, resume: str, dataset: str | None = None) -> list[Model]:
-    """Read a checkpoint, or for RegDB one for each requested trial; see parse_and_find.
+    """Read a checkpoint, or for RegDB one for each requested trial; see find_checkpoints.
 
     The names of RegDB's checkpoints differ only in _trial_<t>_, and resume may have {trial} there. Fills in
     args.dataset and args.trial if they were not typed.
@@ -154,19 +118,6 @@ def models_of_trials(args: argparse.Namespace, pattern: str, known: Model | None
     return models
 
 
-def chosen_trials(args: argparse.Namespace) -> list[int]:
-    """The trials of --trial: one, or all of the dataset."""
-    facts = DATASETS[args.dataset]
-    if args.trial in (None, "all"):
-        return list(facts.trials)
-    if args.trial not in map(str, facts.trials):
-        first, last = facts.trials[0], facts.trials[-1]
-        raise UserError(
-            f"--trial {args.trial}: {facts.title} has the trials {first} to {last}; choose one, or all"
-        )
-    return [int(args.trial)]
-
-
 def locate(args: argparse.Namespace, path: str) -> Path:
     """The path if it exists, else the same name in --model-path if that exists."""
     elsewhere = Path(args.model_path) / path
@@ -178,25 +129,6 @@ def read_model(path: Path) -> Model:
     checkpoint = load_checkpoint(path)
     checkpoint.pop("optimizer", None)  # twice as large as the network, and RegDB has ten of them
     return Model(path, checkpoint, saved_settings(checkpoint, path), [])
-
-
-def build_evaluation(
-    args: argparse.Namespace, models: Sequence[Model], more: Sequence[Samples] = ()
-) -> Evaluation:
-    """The evaluation of all protocols of args and all trials of models; more: further images to embed.
-
-    Raises UserError: see Evaluation; or a trial of RegDB tests a model on images that it was trained on.
-    """
-    root = data_manager.dataset_root(args.dataset, args.data_path)
-    protocols = [
-        Protocol(args.dataset, mode, shot, args.galleries, ignore_same_camera=args.ignore_same_camera)
-        for mode in dict.fromkeys(args.mode) for shot in dict.fromkeys(args.shot)
-    ]  # fmt: skip
-    trials = [trial for model in models for trial in model.trials]
-    evaluation = Evaluation(root, protocols, trials, args.img_h, args.img_w, args.allow_short, more)
-    for model in models if args.dataset == "regdb" else ():
-        refuse_trained_on(model, root)
-    return evaluation
 
 
 def refuse_trained_on(model: Model, root: Path) -> None:
@@ -227,31 +159,30 @@ def refuse_trained_on(model: Model, root: Path) -> None:
 def embed_models(
     args: argparse.Namespace,
     models: Sequence[Model],
-    evaluation: Evaluation,
+    images: TestImages,
     device: torch.device,
     flip: bool = False,
     runtime: str = "torch",
-) -> Iterator[tuple[Model, int | None, nn.Module, Features]]:
-    """Yield each model, its trial (None: all of them), its network, and the features of all images.
+) -> Iterator[tuple[int | None, nn.Module, list[Features]]]:
+    """Yield for each model: its trial (None: all of them), its network, and the features of all images.
 
-    flip: the features are (2, N, D), see model.extract_features. runtime: see runtimes.for_evaluation.
+    flip: features with mirror images follow the plain ones, see embedding.TestImages.embed. runtime: see
+    runtimes.for_evaluation.
     """
     dtype, processes = None, Processes()
     for model in models:
         trial = model.trials[0] if len(models) > 1 else None
         pixel_range = model.settings.get("pixel_range")
-        if evaluation.pixel_range != pixel_range:
-            evaluation.pixel_range = pixel_range
-            evaluation.pixels.clear()
-        if len(models) > 1 and not evaluation.pixels:  # RegDB's trials share most images
-            evaluation.load(args.workers, processes)
+        if images.pixel_range != pixel_range:
+            images.pixel_range = pixel_range
+            images.pixels.clear()
+        if len(models) > 1 and not images.pixels:  # RegDB's trials share most images
+            images.load(args.workers, processes)
         size = args.img_h, args.img_w
         network = for_evaluation(build_model(model.checkpoint, model.path), device, runtime, size, args.amp)
         if runtime == "torch" and model is models[0]:  # the others have the same layers and sizes
-            batch = partial(evaluation.first_batch, args.test_batch, device, args.workers)
+            batch = partial(images.first_batch, args.test_batch, device, args.workers)
             dtype = settle(args.amp, network, batch, processes)
-        features = evaluation.features(
-            network, device, dtype, args.test_batch, args.workers, processes, trial, flip
-        )
-        yield model, trial, network, features
-    evaluation.pixels.clear()  # a report keeps the evaluation, and all of RegDB is a gigabyte
+        features = images.embed(network, device, dtype, args.test_batch, args.workers, processes, trial, flip)
+        yield trial, network, features
+    images.pixels.clear()  # a report keeps the images, and all of RegDB is a gigabyte

@@ -1,9 +1,13 @@
 """Each query's own ranking and average precision: what the mean hides."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+
+from devices import Array, as_ids, as_tensor
+from eval_metrics import Trial, distance_blocks, evaluate_queries, ignored_pairs, matched
 
 RULES = {  # why a protocol ignores a gallery image, in short and in full (docs/method.md, section 8)
     "sysu": (
@@ -18,92 +22,97 @@ SHOWN = 10  # images ranked first, and at most so many ignored ones among them
 
 
 class Ranked(NamedTuple):
-    """The rankings of Q queries; a query without a match has NaN and 0."""
+    """The rankings of Q queries, with the values that eval_metrics gives them."""
 
-    ap: np.ndarray  # (Q,) float64 average precision
-    first: np.ndarray  # (Q,) int64 the first match's place, from 1, counted as CMC counts
+    ap: np.ndarray  # (Q,) float64 average precision; NaN without a match
+    first: np.ndarray  # (Q,) int64 the first match's place, from 1, counted as CMC counts; 0 without a match
     places: list[np.ndarray]  # Q, each (n,) int64 gallery images, nearest first, ignored ones among them
     ignored: list[np.ndarray]  # Q, each (n,) bool
-
-
-def ignored_pairs(
-    protocol: str, q_pids: np.ndarray, g_pids: np.ndarray, q_camids: np.ndarray, g_camids: np.ndarray
-) -> np.ndarray:
-    """Which pairs (Q, G) the protocol ignores: docs/method.md, section 8; RULES has the words for it."""
-    if protocol == "sysu":
-        return (q_camids == 3)[:, None] & (g_camids == 2)[None]
-    if protocol == "llcm":
-        return (q_pids[:, None] == g_pids) & (q_camids[:, None] == g_camids)
-    return np.zeros((len(q_pids), len(g_pids)), dtype=bool)
+    distances: list[np.ndarray]  # Q, each (n,): 1 - cosine, Euclidean, or re-ranked
 
 
 def rank_queries(
-    distmat: np.ndarray,
-    q_pids: np.ndarray,
-    g_pids: np.ndarray,
-    q_camids: np.ndarray,
-    g_camids: np.ndarray,
+    trial: Trial,
     protocol: str,
+    rerank: Callable[[Array, Array], Array] | None = None,
+    distance: str = "cosine",
 ) -> Ranked:
-    """Rank the gallery for each query, by distmat (Q, G); ties rank in gallery order.
+    """Rank the gallery for each query; ties rank in gallery order. Arguments: see evaluate_queries.
 
-    The means over the queries with a match are eval_metrics' mAP and, of first <= k, its CMC.
+    Listed are the SHOWN images that count and are ranked first, and at most SHOWN ignored ones among them.
     """
-    ap, first = np.full(len(distmat), np.nan), np.zeros(len(distmat), dtype=np.int64)
-    places, ignored = [], []
-    lines = max(1, BLOCK // max(1, distmat.shape[1]))  # queries
-    for start in range(0, len(distmat), lines):
-        rows = slice(start, start + lines)
-        order = np.argsort(distmat[rows], axis=1, kind="stable")
-        mask = ignored_pairs(protocol, q_pids[rows], g_pids, q_camids[rows], g_camids)
-        mask = np.take_along_axis(mask, order, axis=1)
-        right = (g_pids[order] == q_pids[rows, None]) & ~mask
-        position = np.cumsum(~mask, axis=1)
-        total = right.sum(axis=1)
-        precision = np.where(right, np.cumsum(right, axis=1) / np.maximum(position, 1), 0).sum(axis=1)
-        matched = total > 0
-        ap[rows][matched] = precision[matched] / total[matched]
-        for k in range(len(order)):
-            if matched[k]:
-                before = slice(0, int(right[k].argmax()))
-                passed = g_pids[order[k, before]][~mask[k, before]]
-                first[start + k] = 1 + (len(passed) if protocol == "regdb" else len(set(passed.tolist())))
-            shown = position[k] <= SHOWN
-            shown &= ~mask[k] | ((np.cumsum(mask[k]) <= SHOWN) & (position[k] < SHOWN))
-            places.append(order[k, shown])
-            ignored.append(mask[k, shown])
-    return Ranked(ap, first, places, ignored)
+    if rerank is None:
+        blocks = distance_blocks(trial, distance)
+    else:
+        distmat = as_tensor(rerank(trial.query_features, trial.gallery_features))
+        rerank = lambda *features: distmat  # noqa: E731  computed once
+        rows = torch.arange(len(distmat)).split(max(1, BLOCK // max(1, distmat.shape[1])))
+        blocks = ((part, distmat[part.to(distmat.device)]) for part in rows)
+    ids = [as_ids(values, "ids").numpy(force=True) if values is not None else None for values in trial[2:]]
+    q_pids, g_pids, q_camids, g_camids = ids
+    places, ignored, distances = [], [], []
+    for rows, block in blocks:
+        rows, block = rows.numpy(force=True), block.float()
+        of_rows = None if q_camids is None else q_camids[rows]
+        mask = ignored_pairs(protocol, q_pids[rows], g_pids, of_rows, g_camids)
+        masked = torch.from_numpy(mask).to(block.device)
+        counting = _nearest(block.masked_fill(masked, torch.inf), SHOWN)
+        ignoring = _nearest(block.masked_fill(~masked, torch.inf), SHOWN)
+        block = block.numpy(force=True)
+        for k in range(len(rows)):
+            kept = counting[k][~mask[k, counting[k]]]
+            left_out = ignoring[k][mask[k, ignoring[k]]]
+            found = np.sort(np.concatenate([kept, left_out]))
+            found = found[np.argsort(block[k, found], kind="stable")]
+            if len(kept) == SHOWN:
+                found = found[: int(np.flatnonzero(found == kept[-1])[0]) + 1]
+            places.append(found)
+            ignored.append(mask[k, found])
+            distances.append(block[k, found] if rerank else _shown_distances(trial, distance, rows[k], found))
+    if matched(protocol, *trial[2:]).any():
+        values = evaluate_queries(trial, protocol, rerank, distance)
+        return Ranked(values.ap, values.first, places, ignored, distances)
+    nothing = np.full(len(q_pids), np.nan), np.zeros(len(q_pids), np.int64)
+    return Ranked(*nothing, places, ignored, distances)
+
+
+def _nearest(block: torch.Tensor, count: int) -> np.ndarray:
+    """(q, n) the columns of the smallest values of block (q, G), n at most count; ties in column order."""
+    count = min(count, block.shape[1])
+    values, columns = block.topk(min(count + 1, block.shape[1]), dim=1, largest=False)
+    columns = columns[:, :count].sort(dim=1).values
+    columns = columns.gather(1, block.gather(1, columns).argsort(dim=1, stable=True))
+    tied = (values[:, -1] == values[:, count - 1]) & (values.shape[1] > count)
+    if tied.any():
+        columns[tied] = block[tied].argsort(dim=1, stable=True)[:, :count]
+    return columns.numpy(force=True)
+
+
+def _shown_distances(trial: Trial, distance: str, row: int, places: np.ndarray) -> np.ndarray:
+    """(n,) distances of a query to gallery images."""
+    query = as_tensor(trial.query_features)[int(row)].float()
+    gallery = as_tensor(trial.gallery_features)
+    gallery = gallery[torch.from_numpy(places).to(gallery.device)].float()
+    found = 1 - gallery @ query if distance == "cosine" else (gallery - query).norm(dim=1)
+    return found.numpy(force=True)
 
 
 def camera_pairs(
-    distmat: np.ndarray,
-    q_pids: np.ndarray,
-    g_pids: np.ndarray,
-    q_camids: np.ndarray,
-    g_camids: np.ndarray,
-    protocol: str,
+    trial: Trial, protocol: str, distance: str = "cosine"
 ) -> dict[tuple[int, int], tuple[float, float]]:
     """{(query camera, gallery camera): (rank-1, mAP)} of the one camera's queries in the other's gallery.
 
     NaN where no query has a match, as in a pair of cameras that the protocol ignores.
     """
     result = {}
-    for q_camid in np.unique(q_camids).tolist():
-        for g_camid in np.unique(g_camids).tolist():
-            rows, columns = q_camids == q_camid, g_camids == g_camid
-            part = rank_queries(
-                distmat[np.ix_(rows, columns)],
-                q_pids[rows],
-                g_pids[columns],
-                q_camids[rows],
-                g_camids[columns],
-                protocol,
-            )
-            matched = part.first > 0
+    for q_camid in np.unique(trial.q_camids).tolist():
+        for g_camid in np.unique(trial.g_camids).tolist():
+            rows, columns = trial.q_camids == q_camid, trial.g_camids == g_camid
+            part = Trial(*(values[kept] for values, kept in zip(trial, (rows, columns) * 3, strict=True)))
             result[q_camid, g_camid] = (np.nan, np.nan)
-            if matched.any():
-                rank1 = (part.first[matched] == 1).mean()
-                result[q_camid, g_camid] = float(rank1), float(part.ap[matched].mean())
+            if matched(protocol, *part[2:]).any():
+                metrics = evaluate_queries(part, protocol, distance=distance).metrics(1)
+                result[q_camid, g_camid] = float(metrics.cmc[0]), metrics.mAP
     return result
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from augmentation import MEAN, STD
+from evaluation.flags import RUNTIMES as RUNTIMES
 from model import folded
 from utils import UserError
 
-RUNTIMES = ("torch", "onnx", "openvino")
 OPSET = 17  # ONNX Runtime has it since 1.12; from 18 on, some runtimes ignore the axes of norms
 
 

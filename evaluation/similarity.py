@@ -6,9 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_manager import CAPTURED, Samples
-from evaluation.protocols import Evaluation
-
 PAIRS = {  # name -> the modalities of a pair's two images
     "visible-visible": ("visible", "visible"),
     "infrared-infrared": ("infrared", "infrared"),
@@ -16,22 +13,6 @@ PAIRS = {  # name -> the modalities of a pair's two images
 }
 BINS = np.linspace(-1, 1, 81)  # of cosine similarity
 BLOCK = 4096  # pairs multiplied at a time
-
-
-def images_of(evaluation: Evaluation, trial: int | None = None) -> dict[str, Samples]:
-    """Every image of an evaluation, or of one trial of it, each once: {"visible": Samples, "infrared": …}.
-
-    Without a trial in the order of evaluation.features' rows.
-    """
-    merged = {}
-    for modality in CAPTURED:
-        known = {}
-        for samples in evaluation.all_samples(trial):
-            if samples.modality == modality:
-                known |= zip(samples.paths, zip(samples.pids, samples.camids, strict=True), strict=True)
-        ids = np.array(list(known.values()), dtype=np.int64).reshape(-1, 2)
-        merged[modality] = Samples(list(known), ids[:, 0], ids[:, 1], modality)
-    return merged
 
 
 class Similarities(NamedTuple):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_manager import BOTH_WAYS, DATASETS
-from eval_metrics import Metrics, matched, summarize
-from evaluation.protocols import Evaluation, Protocol
-
-Results = dict[tuple[Protocol, bool, str | None], list[Metrics]]  # (protocol, flip, re-ranking) -> of trials
+from eval_metrics import Metrics, matched
+from evaluation.intervals import MARKED, PRINTED, Jackknife
+from evaluation.methods import Method, Row, difference
+from evaluation.protocols import OWN_GALLERY, Evaluation, Protocol
 
 STYLES = ("text", "markdown", "latex")
 COLUMNS = ("rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP")
@@ -21,14 +21,22 @@ def per_cent(metrics: object) -> list[str]:
     return [f"{100 * value:.2f}" for value in values]
 
 
-def results_table(heading: Sequence[str], rows: Sequence[tuple[str, object]], style: str = "text") -> str:
+def results_table(
+    heading: Sequence[str],
+    rows: Sequence[tuple[str, object]],
+    style: str = "text",
+    more: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """The lines of heading and an aligned table of rows, (title, metrics) each, in one of STYLES.
 
-    LaTeX has the heading as comments, since a caption is the paper's own affair.
+    LaTeX has the heading as comments, since a caption is the paper's own affair. more: further columns.
     """
-    cells = [["protocol", *COLUMNS], *([title, *per_cent(metrics)] for title, metrics in rows)]
+    more = more or {}
+    cells = [["protocol", *COLUMNS, *more]]
+    for k, (title, metrics) in enumerate(rows):
+        cells.append([title, *per_cent(metrics), *(column[k] for column in more.values())])
     if style == "latex":
-        special = str.maketrans({character: "\\" + character for character in "%_&#$"})
+        special = str.maketrans({c: "\\" + c for c in "%_&#$"} | {"±": r"$\pm$", "−": "$-$"})
         cells = [[cell.translate(special) for cell in line] for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells]
@@ -38,61 +46,167 @@ def results_table(heading: Sequence[str], rows: Sequence[tuple[str, object]], st
         return "\n\n".join([*heading, "\n".join(body)])
     if style == "latex":
         body = [" & ".join(line) + r" \\" for line in lines]
-        begin = [*(f"% {line}" for line in heading), r"\begin{tabular}{l" + "r" * len(COLUMNS) + "}"]
+        begin = [*(f"% {line}" for line in heading), r"\begin{tabular}{l" + "r" * (len(widths) - 1) + "}"]
         return "\n".join([*begin, r"\hline", body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}"])
-    return "\n".join([*heading, *("  ".join(line) for line in lines)])
+    return "\n".join([*heading, *("  ".join(line).rstrip() for line in lines)])
 
 
-def table_rows(results: Results, trials: Sequence[int]) -> list[tuple[str, Metrics]]:
-    """(title, metrics) for each line of the table; RegDB has its trials and their deviation besides."""
-    rows = []
-    for (protocol, flip, rerank), metrics in results.items():
-        title = protocol.row + (", flip" if flip else "") + (f", {rerank} re-ranking" if rerank else "")
-        mean, deviation = summarize(metrics)
-        if protocol.dataset == "regdb" and len(trials) > 1:
-            rows += [(f"{title}, trial {trial}", each) for trial, each in zip(trials, metrics, strict=True)]
-            rows += [(f"{title}, mean of {len(trials)}", mean), (f"{title}, standard deviation", deviation)]
-        else:
-            rows.append((title, mean))
-    return rows
+def title_of(row: Row) -> str:
+    """The protocol of a row, with mirror images and re-ranking."""
+    protocol, flip, rerank = row
+    return protocol.row + (", flip" if flip else "") + (f", {rerank} re-ranking" if rerank else "")
 
 
-def heading(checkpoints: Sequence[Mapping], evaluation: Evaluation) -> list[str]:
-    """What a table's numbers are: dataset, trials; checkpoints, their selection; images, queries; warnings.
+def rows_of(methods: Sequence[Method]) -> list[tuple[str, Row, Method]]:
+    """(title, row, method) of every line of the table: rows of several methods follow each other."""
+    rows = dict.fromkeys(row for method in methods for row in method.results)
+    names = [f"{letter(k)}: " if len(methods) > 1 else "" for k in range(len(methods))]
+    return [
+        (name + title_of(row), row, method)
+        for row in rows
+        for name, method in zip(names, methods, strict=True)
+        if row in method.results
+    ]
 
-    checkpoints: of each its path, the trials that it is evaluated on, and what it says of itself: epoch,
-    selection, args.
+
+def letter(k: int) -> str:
+    """The name of the k-th of several methods: A to Z, then numbers."""
+    return chr(ord("A") + k) if k < 26 else str(k + 1)
+
+
+def table(lines: Sequence[str], methods: Sequence[Method], style: str = "text") -> str:
+    """The table of evaluated methods; lines: see heading.
+
+    RegDB has its trials and their deviation. Several methods have the paired differences to the first.
     """
-    facts = DATASETS[evaluation.protocols[0].dataset]
-    trials = [trial for checkpoint in checkpoints for trial in checkpoint["trials"]]
+    rows, differences = [], []
+    for title, row, method in rows_of(methods):
+        scores = method.results[row]
+        trials, count = method.trials, len(scores.seeds[0])
+        if row[0].dataset == "regdb" and count > 1 and len(methods) == len(scores.seeds) == 1:
+            pairs = zip(trials, scores.seeds[0], strict=True)
+            rows += [(f"{title}, trial {trial}", each.metrics) for trial, each in pairs]
+            rows += [(f"{title}, mean of {count}", scores.mean)]
+            rows += [(f"{title}, standard deviation", scores.over_trials)]
+        else:
+            rows.append((title, scores.mean))
+        if len(methods) > 1:
+            differences.append(_difference_cells(row, method, methods[0]))
+    names = [f"{word} of {measure} to A" for measure in ("rank-1", "mAP") for word in ("difference", "p")]
+    columns = zip(*differences, strict=True)
+    return results_table(lines, rows, style, dict(zip(names, columns, strict=True)) if differences else None)
+
+
+def _difference_cells(row: Row, method: Method, first: Method) -> list[str]:
+    """Of rank-1 and mAP: the difference to the first method with its interval, and the p-value."""
+    if method is first:
+        return [""] * 4
+    found = difference(row, method, first)
+    if found is None:
+        return ["not paired", ""] * 2
+    cells = []
+    for measure in ("rank-1", "mAP"):
+        interval = found.interval(measure)
+        half = "" if np.isnan(interval.half) else f" ± {100 * interval.half:.2f}"
+        p = "" if np.isnan(interval.p) else f"{interval.p:.3f}" if interval.p >= 0.001 else "< 0.001"
+        cells += [f"{100 * interval.value:+.2f}{half}", p]
+    return cells
+
+
+def in_words(jackknife: Jackknife) -> str:
+    """`rank-1 74.8 ± 4.1, mAP 72.0 ± 3.6 (95 %, 96 persons)`; with few persons the count says so."""
+    parts, count = [], len(jackknife.persons)
+    for measure in ("rank-1", "mAP"):
+        interval = jackknife.interval(measure)
+        half = f" ± {100 * interval.half:.1f}" if count >= PRINTED else ""
+        parts.append(f"{measure} {100 * interval.value:.1f}{half}")
+    few = ", few persons" if PRINTED <= count < MARKED else ""
+    persons = (
+        f"95 %, {count} persons{few}" if count >= PRINTED else f"{count} persons: too few for an interval"
+    )
+    return f"{', '.join(parts)} ({persons})"
+
+
+def how_sure(methods: Sequence[Method]) -> list[str]:
+    """The intervals of every row, and what they do not cover: drawn galleries, and the chance of training."""
+    lines = []
+    for title, row, method in rows_of(methods):
+        scores = method.results[row]
+        if (jackknife := scores.jackknife) is None:
+            lines.append(f"{title}: no interval: the files do not say which persons RegDB's splits share")
+        else:
+            lines.append(f"{title}: {in_words(jackknife)}")
+            if near := jackknife.near_everyone():
+                person, change = near
+                lines.append(
+                    f"{title}: gallery person {person} is near everybody: without, mAP {100 * change:+.1f}"
+                )
+        count, seeds = len(scores.seeds[0]), len(scores.seeds)
+        if row[0].dataset != "regdb" and count > 1:
+            words = _deviation(scores.over_trials)
+            lines.append(f"{title}: variation of the gallery, deviation over {count} trials: {words}")
+        if seeds > 1:
+            words = _deviation(scores.over_seeds)
+            lines.append(f"{title}: variation of training, deviation over {seeds} seeds: {words}")
+    return lines
+
+
+def _deviation(metrics: Metrics) -> str:
+    return f"rank-1 {100 * metrics.cmc[0]:.2f}, mAP {100 * metrics.mAP:.2f}"
+
+
+def heading(methods: Sequence[Method]) -> list[str]:
+    """What a table's numbers are: dataset, trials; methods, their selection; images, queries; warnings."""
+    first = methods[0]
+    facts = DATASETS[first.args.dataset]
+    counts = {}
+    for method in methods:
+        counts |= counts_of(method.evaluation)
+    lines = [f"{facts.title}, per cent, {_scope(first)}"]
+    for k, method in enumerate(methods):
+        lines.append((f"{letter(k)}: " if len(methods) > 1 else "") + _origin(method))
+        if _scope(method) != _scope(first):
+            lines[-1] += f"; {_scope(method)}"
+    for protocol in dict.fromkeys(protocol for protocol, _ in counts):
+        words = _distinct((str(found) for (own, _), found in counts.items() if own == protocol), "; or ")
+        lines.append(f"{protocol.row}: {words}")
+    return lines + [f"warning: {warning}" for warning in warnings(counts)] + how_sure(methods)
+
+
+def _scope(method: Method) -> str:
+    """Over what the numbers are averaged."""
+    facts, trials = DATASETS[method.args.dataset], method.trials
     scope = "one split" if len(facts.trials) == 1 else f"trial {trials[0]} alone"
+    if method.evaluation.protocols[0].galleries == OWN_GALLERY and len(trials) == 1:
+        scope = "the query and gallery of the file"
     if len(trials) > 1:
         scope = f"mean over {len(trials)} trials"
         if len(trials) < len(facts.trials):
             numbers = ", ".join(map(str, trials))
             scope = f"mean over {len(trials)} of the {len(facts.trials)} trials ({numbers})"
         if facts is DATASETS["regdb"]:
-            scope += ", each with its own model" if len(checkpoints) > 1 else ", one model for all of them"
-    scope += f"; {evaluation.short}" if evaluation.short else ""
+            scope += (
+                ", each with its own model" if len(method.sources[0]) > 1 else ", one model for all of them"
+            )
+    scope += f" and {len(method.sources)} seeds" if len(method.sources) > 1 else ""
+    return scope + (f"; {method.evaluation.short}" if method.evaluation.short else "")
 
+
+def _origin(method: Method) -> str:
+    """Which files a method is, and what they say of themselves."""
+    files = method.facts
+    others = len(files) - 1
+    name = files[0]["path"] + (f" and {others} sibling{'s' if others > 1 else ''}" if others else "")
+    if "features" in files[0]:
+        return f"{name}: {_distinct(file['features'] for file in files)}"
     titles = {name: dataset.title for name, dataset in DATASETS.items()}
-    settings = [checkpoint.get("args", {}) for checkpoint in checkpoints]
-    more = len(checkpoints) - 1
-    siblings = f" and {more} sibling{'s' if more > 1 else ''}" if more else ""
+    settings = [file.get("args", {}) for file in files]
     trained_on = _distinct(titles.get(own.get("dataset"), "an unknown dataset") for own in settings)
-    epochs = ", ".join(str(checkpoint.get("epoch", "unknown")) for checkpoint in checkpoints)
+    epochs = ", ".join(str(file.get("epoch", "unknown")) for file in files)
     of = _distinct(f" of {own['epochs']}" for own in settings if "epochs" in own)
     unknown = "how it was chosen is unknown"
-    chosen = _distinct(str(checkpoint.get("selection", unknown)) for checkpoint in checkpoints)
-    lines = [
-        f"{facts.title}, per cent, {scope}",
-        f"{checkpoints[0]['path']}{siblings}: trained on {trained_on}, epoch {epochs}{of}; {chosen}",
-    ]
-    counts = counts_of(evaluation)
-    for protocol in evaluation.protocols:
-        words = _distinct((str(counts[protocol, trial]) for trial in trials), "; or ")
-        lines.append(f"{protocol.row}: {words}")
-    return lines + [f"warning: {warning}" for warning in warnings(counts)]
+    chosen = _distinct(str(file.get("selection", unknown)) for file in files)
+    return f"{name}: trained on {trained_on}, epoch {epochs}{of}; {chosen}"
 
 
 def _distinct(words: Iterable[str], separator: str = ", ") -> str:
@@ -156,16 +270,17 @@ def counts_of(evaluation: Evaluation) -> dict[tuple[Protocol, int], Counts]:
 
 def warnings(counts_of_all: Mapping[tuple[Protocol, int], Counts]) -> list[str]:
     """Warnings for the reader of the results: unusual counts, or a gallery with a single identity."""
-    lines = []
+    lines: dict[str, str] = {}  # by protocol: of each the first trial that differs
     for (protocol, _), counts in counts_of_all.items():
         published = PUBLISHED.get((protocol.dataset, protocol.mode, protocol.shot), {})
         actual = {name: getattr(counts, name) for name in published}
-        if actual != published and protocol.split == "test" and not lines:
+        if actual != published and protocol.split == "test" and protocol.title not in lines:
             differing = (name for name in published if actual[name] != published[name])
             words = (f"{actual[name]:,} {COUNTED[name]} ({published[name]:,})" for name in differing)
-            lines.append(f"{protocol.title}: not the published counts (in brackets): {', '.join(words)}")
+            lines[protocol.title] = f"not the published counts (in parentheses): {', '.join(words)}"
+    found = [f"{title}: {words}" for title, words in lines.items()]
     if any(counts.candidates == 1 for counts in counts_of_all.values()):
-        lines.append(
+        found.append(
             "a gallery has one identity only: its metrics mean nothing, since every ranking is right"
         )
-    return lines
+    return found

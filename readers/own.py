@@ -8,6 +8,7 @@ docs/own-data.md is a guide from a folder of images to a table of results.
 """
 
 import csv
+import io
 import os
 import random
 import re
@@ -152,9 +153,10 @@ def _folder_images(root: Path, finder: Finder, parts: list[tuple[str, str]]) -> 
 
 def _csv_images(root: Path, finder: Finder) -> list[Image]:
     file = root / CSV_FILE
-    lines = read_text(file).splitlines()
     try:
-        header, *rows = csv.reader(lines, strict=True, skipinitialspace=True) if lines else [[]]
+        header, *rows = [*csv.reader(io.StringIO(read_text(file)), strict=True, skipinitialspace=True)] or [
+            []
+        ]
     except csv.Error as error:
         raise UserError(f"{file}: not a CSV file: {error}") from error
     header, known = [word.strip().lower() for word in header], ",".join((*REQUIRED, *OPTIONAL))
@@ -162,7 +164,8 @@ def _csv_images(root: Path, finder: Finder) -> list[Image]:
     if missing := [column for column in REQUIRED if column not in header]:
         raise UserError(f"{file}: its first line has no column {listed(missing)}: {known}")
     if unknown := [column for column in header if column not in (*REQUIRED, *OPTIONAL)]:
-        raise UserError(f"{file}: unknown column {listed(unknown)}: only {known} are known")
+        index = " (pandas writes one without a name, unless index=False)" if "" in unknown else ""
+        raise UserError(f"{file}: unknown column {listed(unknown)}{index}: only {known} are known")
     if len(set(header)) < len(header):
         raise UserError(f"{file}: a column appears twice: {listed(header)}")
     images: dict[str, Image] = {}

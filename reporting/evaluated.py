@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from augmentation import normalize
 from data_manager import Samples
-from eval_metrics import Metrics
-from evaluation.protocols import Evaluation, Features, Protocol, reranking_of
+from eval_metrics import Trial
+from evaluation.methods import Method
+from evaluation.protocols import OWN_GALLERY, Evaluation, Protocol
 from evaluation.rankings import Ranked, camera_pairs, rank_queries
-from evaluation.similarity import Similarities, images_of, sample_similarities
-from images import read_image
-from model import TwoStreamResNet
+from evaluation.scoring import reranking_of
+from evaluation.similarity import Similarities, sample_similarities
+from images import PixelRange, read_image
 from reporting.figures import overlay
 from reporting.learning import History
 from reporting.views import activation_maps, embed
@@ -25,64 +27,70 @@ Picture = tuple[np.ndarray, str, str]  # an image, its kind and its caption, as 
 
 @dataclass
 class Evaluated:
-    """A checkpoint and its evaluation; features and model are those of `trial`.
-
-    shared: whether they serve every trial, as they do but for RegDB. results: the metrics of each trial.
-    """
+    """An evaluated method as the report shows it; its features and network are those of method.trial."""
 
     label: str
-    path: Path
-    checkpoint: dict  # what it says of itself, without the weights
-    saved: dict[str, object]
+    method: Method
     history: History | None
-    evaluation: Evaluation
-    model: TwoStreamResNet
-    features: Features
-    trial: int
-    shared: bool
-    results: dict[tuple[Protocol, str | None], list[Metrics]]
 
     @property
     def dataset(self) -> str:
         """What it was evaluated on."""
-        return next(iter(self.results))[0].dataset
+        return self.method.args.dataset
 
-    def features_of(self, samples: Samples) -> torch.Tensor:
-        """(N, D) features of samples' images."""
-        rows = self.evaluation.rows[samples.modality]
-        return self.features[samples.modality][[rows[path] for path in samples.paths]]
+    @property
+    def evaluation(self) -> Evaluation:
+        """Who was searched where."""
+        return self.method.evaluation
 
-    def distmat(self, protocol: Protocol, trial: int, rerank: str | None = None) -> np.ndarray:
-        """(Q, G) distances, smaller is nearer: 1 - cosine similarity, or those of re-ranking."""
-        query, gallery = map(self.features_of, self.evaluation.samples[protocol, trial])
-        distances = reranking_of(protocol, rerank) or (lambda one, other: 1 - one @ other.T)
-        return distances(query, gallery).cpu().numpy()
+    @property
+    def trial(self) -> int:
+        """That the features are of."""
+        return self.method.trial
 
-    def ids(self, protocol: Protocol, trial: int) -> tuple:
-        """What rank_queries takes behind the distances: pids, camids and whose rules count."""
-        query, gallery = self.evaluation.samples[protocol, trial]
-        return query.pids, gallery.pids, query.camids, gallery.camids, protocol.rule
+    @property
+    def shared(self) -> bool:
+        """Whether the features serve every trial, as they do but for RegDB."""
+        return len(self.method.sources[0]) == 1
 
-    def ranked(self, protocol: Protocol, rerank: str | None = None) -> tuple[Ranked, np.ndarray]:
-        """The rankings of `trial`, and their distances (Q, G)."""
-        distmat = self.distmat(protocol, self.trial, rerank)
-        return rank_queries(distmat, *self.ids(protocol, self.trial)), distmat
+    @property
+    def pictured(self) -> bool:
+        """Whether the images of the features are known; a file of features may name none."""
+        return self.method.evaluation.protocols[0].galleries != OWN_GALLERY
+
+    @property
+    def size(self) -> tuple[int, int, PixelRange | None]:
+        """Height, width and pixel range that images are read with."""
+        args, images = self.method.args, self.method.images
+        return args.img_h, args.img_w, images and images.pixel_range
+
+    def trials(self, protocol: Protocol) -> list[Trial]:
+        """What eval_metrics evaluates, of each trial that the features serve."""
+        features, samples = self.method.features, self.evaluation.samples
+        numbers = [t for p, t in samples if p == protocol and (self.shared or t == self.trial)]
+        return [features.trial(*samples[protocol, number]) for number in numbers]
+
+    def ranked(self, protocol: Protocol, rerank: str | None = None) -> Ranked:
+        """The rankings of `trial`."""
+        features = self.method.features
+        trial = features.trial(*self.evaluation.samples[protocol, self.trial])
+        return rank_queries(trial, protocol.rule, reranking_of(protocol, rerank), features.distance)
 
     def cameras(self, protocol: Protocol) -> dict[tuple[int, int], tuple[float, float]]:
         """(rank-1, mAP) by (query camera, gallery camera), mean over the trials that the features serve."""
-        trials = [t for p, t in self.evaluation.samples if p == protocol and (self.shared or t == self.trial)]
-        found = [camera_pairs(self.distmat(protocol, t), *self.ids(protocol, t)) for t in trials]
+        distance = self.method.features.distance
+        found = [camera_pairs(trial, protocol.rule, distance) for trial in self.trials(protocol)]
         return {pair: tuple(np.mean([each[pair] for each in found], axis=0).tolist()) for pair in found[0]}
 
     def images(self) -> dict[str, Samples]:
         """Every image that the features are of, each once, by modality."""
-        return images_of(self.evaluation, None if self.shared else self.trial)
+        return self.evaluation.images(None if self.shared else self.trial)
 
     def similarities(self) -> dict[str, Similarities]:
-        """Those of similarity.sample_similarities over all images."""
+        """Those of similarity.sample_similarities over all images, as cosines."""
         images = self.images()
         return sample_similarities(
-            {modality: self.features_of(samples) for modality, samples in images.items()},
+            {m: F.normalize(self.method.features.of(samples)) for m, samples in images.items()},
             {modality: samples.pids for modality, samples in images.items()},
         )
 
@@ -99,17 +107,18 @@ class Evaluated:
                 some = Samples(
                     [samples.paths[k] for k in rows], samples.pids[rows], samples.camids[rows], modality
                 )
-                parts.append(self.features_of(some).float().cpu().numpy())
+                parts.append(self.method.features.of(some).float().cpu().numpy())
                 owners += [pid] * len(rows)
                 modalities += [modality] * len(rows)
         points, method = embed(np.concatenate(parts))
         return points, np.array(owners), modalities, method
 
-    def activations(self, identities: int = 4, count: int = 2) -> list[list[Picture]]:
-        """A row for each identity: visible, then infrared images, each beside its activation map."""
+    def activations(self, identities: int = 4, count: int = 2) -> list[list[Picture]] | None:
+        """A row for each identity: visible, then infrared images, each beside its map; None: no network."""
+        if self.method.network is None:
+            return None
         images = self.images()
-        size = self.evaluation.height, self.evaluation.width, self.evaluation.pixel_range
-        device = next(self.model.parameters()).device
+        device = next(self.method.network.parameters()).device
         rows = []
         for pid in spread(
             np.intersect1d(*(samples.pids for samples in images.values())), identities
@@ -117,32 +126,28 @@ class Evaluated:
             row = []
             for modality, samples in images.items():
                 for k in spread(np.flatnonzero(samples.pids == pid), count).tolist():
-                    image = read_image(samples.paths[k], *size).copy()  # torch wants it writable
+                    image = read_image(samples.paths[k], *self.size).copy()  # torch wants it writable
                     batch = normalize(torch.from_numpy(image[None]).to(device))
-                    heat = overlay(image, activation_maps(self.model, batch, modality)[0])
+                    heat = overlay(image, activation_maps(self.method.network, batch, modality)[0])
                     row += [(image, "", f"pid {pid}, cam {samples.camids[k]}"), (heat, "", modality)]
             rows.append(row)
         return rows
 
-    def ranking(
-        self, protocol: Protocol, queries: Sequence[int], ranked: Ranked, distmat: np.ndarray
-    ) -> list[list[Picture]]:
+    def ranking(self, protocol: Protocol, queries: Sequence[int], ranked: Ranked) -> list[list[Picture]]:
         """A row for each of queries: the query, then the images ranked first for it."""
         query, gallery = self.evaluation.samples[protocol, self.trial]
-        enlarged = max(1, round(192 / self.evaluation.height))  # the network's images may be small ones
-        size = (
-            enlarged * self.evaluation.height,
-            enlarged * self.evaluation.width,
-            self.evaluation.pixel_range,
-        )
+        height, width, pixel_range = self.size
+        enlarged = max(1, round(192 / height))  # the network's images may be small ones
+        size = enlarged * height, enlarged * width, pixel_range
         rows = []
         for q in queries:
             caption = f"pid {query.pids[q]}, cam {query.camids[q]}"
             row = [(read_image(query.paths[q], *size), "query", caption)]
-            for g in ranked.places[q][~ranked.ignored[q]].tolist():
+            shown = zip(ranked.places[q], ranked.distances[q], ranked.ignored[q], strict=True)
+            for g, distance in ((g, distance) for g, distance, ignored in shown if not ignored):
                 kind = "right" if gallery.pids[g] == query.pids[q] else "wrong"
                 image = read_image(gallery.paths[g], *size)
-                row.append((image, kind, f"{distmat[q, g]:.3f}, cam {gallery.camids[g]}"))
+                row.append((image, kind, f"{distance:.3f}, cam {gallery.camids[g]}"))
             rows.append(row)
         return rows
 

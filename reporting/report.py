@@ -10,7 +10,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from data_manager import DATASETS
-from eval_metrics import summarize
 from evaluation.protocols import Protocol
 from evaluation.rankings import RULES, choose_queries
 from evaluation.similarity import Similarities, equal_error_rate, overlap
@@ -31,6 +30,8 @@ FIGURES = {  # in the page's order: what each shows, as a screen reader says it
 }
 
 MISSING = {  # why there may be nothing to draw
+    "ranking": "the file of features names no images",
+    "activation": "features come without the network that made them",
     "histogram": "no pairs of images of one identity and of two to compare",
     "curves": "no history (RUN.jsonl) of these runs where they were trained or beside them: set --log-path",
 }
@@ -46,10 +47,10 @@ class Findings:
 
     def __init__(self, everyone: Sequence[Evaluated], queries: Sequence[str]):
         self.everyone, self.first = everyone, everyone[0]
-        self.protocols = list(dict.fromkeys(protocol for protocol, _ in self.first.results))
-        self.reranks = list(dict.fromkeys(rerank for _, rerank in self.first.results))
+        self.protocols = self.first.evaluation.protocols
+        self.reranks = list(dict.fromkeys(rerank for _, _, rerank in self.first.method.results))
         self.protocol = self.protocols[0]
-        self.ranked, self.distmat = self.first.ranked(self.protocol, self.reranks[-1])
+        self.ranked = self.first.ranked(self.protocol, self.reranks[-1])
         query, _ = self.first.evaluation.samples[self.protocol, self.first.trial]
         try:
             self.chosen = choose_queries(queries, self.ranked, query.pids).tolist()
@@ -77,13 +78,15 @@ class Findings:
             lines = curves[protocol.title] = {}
             for each in self.everyone:
                 for rerank in self.reranks:
-                    mean, deviation = summarize(each.results[protocol, rerank])
-                    lines[self.label(each, rerank)] = mean.cmc, deviation.cmc
+                    scores = each.method.results[protocol, False, rerank]
+                    lines[self.label(each, rerank)] = scores.mean.cmc, scores.over_trials.cmc
         return figures.cmc(curves)
 
-    def ranking(self) -> Figure:
-        """The chosen queries, re-ranked where that was asked for."""
-        rows = self.first.ranking(self.protocol, self.chosen, self.ranked, self.distmat)
+    def ranking(self) -> Figure | None:
+        """The chosen queries, re-ranked where that was asked for; None where the images are not known."""
+        if not self.first.pictured:
+            return None
+        rows = self.first.ranking(self.protocol, self.chosen, self.ranked)
         return figures.images(rows, ["query", *map(str, range(1, max(map(len, rows))))])
 
     def histogram(self) -> Figure | None:
@@ -99,9 +102,10 @@ class Findings:
         """Heat maps of by_camera."""
         return figures.cameras(self.by_camera)
 
-    def activation(self) -> Figure:
-        """Activation maps of four identities."""
-        return figures.images(self.first.activations())
+    def activation(self) -> Figure | None:
+        """Activation maps of four identities; None without a network."""
+        rows = self.first.activations()
+        return figures.images(rows) if rows else None
 
     def curves(self) -> Figure | None:
         """Learning curves of the runs whose history was found; None if none was."""
@@ -166,9 +170,13 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
 
 def selection(each: Evaluated) -> str:
     """Where a checkpoint is, which epoch it is of, and how that was chosen."""
-    epochs = f" of {each.saved['epochs']}" if "epochs" in each.saved else ""
-    chosen = each.checkpoint.get("selection", "how it was chosen is unknown")
-    return f"{each.path}, epoch {each.checkpoint.get('epoch', 'unknown')}{epochs}; {chosen}"
+    file = each.method.facts[0]
+    if "features" in file:
+        return f"{file['path']}: {file['features']}"
+    saved = file["args"]
+    epochs = f" of {saved['epochs']}" if "epochs" in saved else ""
+    chosen = file.get("selection", "how it was chosen is unknown")
+    return f"{file['path']}, epoch {file.get('epoch', 'unknown')}{epochs}; {chosen}"
 
 
 def result_rows(findings: Findings) -> list[dict]:
@@ -179,8 +187,8 @@ def result_rows(findings: Findings) -> list[dict]:
         for each, found in zip(findings.everyone, counts_of_all, strict=True):
             counts = [own for (p, _), own in found.items() if p == protocol]
             for rerank in findings.reranks:
-                metrics = each.results[protocol, rerank]
-                mean, deviation = summarize(metrics)
+                scores = each.method.results[protocol, False, rerank]
+                mean, deviation = scores.mean, scores.over_trials
                 rows.append(
                     {
                         "label": each.label,
@@ -190,7 +198,7 @@ def result_rows(findings: Findings) -> list[dict]:
                             name: spell({getattr(own, name) for own in counts})
                             for name in ("counted", "queries", "gallery", "identities")
                         },
-                        "trials": len(metrics),
+                        "trials": len(scores.by_trial),
                     }
                 )
     return rows
@@ -227,10 +235,10 @@ def camera_rows(pairs: dict[tuple[int, int], tuple[float, float]]) -> list[tuple
 
 def setting_rows(everyone: Sequence[Evaluated]) -> list[tuple[str, list[str], bool]]:
     """(flag, each checkpoint's value, whether they differ), the flags in alphabetical order."""
-    flags = sorted({key for each in everyone for key in each.saved})
+    saved = [each.method.facts[0].get("args", {}) for each in everyone]
     rows = []
-    for key in flags:
-        values = [each.saved.get(key, "unknown") for each in everyone]
+    for key in sorted({key for own in saved for key in own}):
+        values = [own.get(key, "unknown") for own in saved]
         texts = [" ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in values]
         rows.append(("--" + key.replace("_", "-"), texts, len(set(texts)) > 1))
     return rows
@@ -247,8 +255,11 @@ def browser(findings: Findings, workers: int) -> dict:
                     path: (*own, samples.modality) for path, own in zip(samples.paths, ids, strict=True)
                 }
     number = {path: k for k, path in enumerate(images)}
-    evaluation = findings.first.evaluation
-    height, width = sprites.thumbnail_size(len(images), evaluation.height, evaluation.width)
+    *size, pixel_range = findings.first.size
+    height, width = sprites.thumbnail_size(len(images), *size)
+    batches = decode(list(images), height, width, workers, pixel_range=pixel_range)
+    if not findings.first.pictured:
+        batches = (np.full((1, height, width, 3), 224, np.uint8) for _ in images)
     pids, camids, modalities = zip(*images.values(), strict=True)
     return {
         "pids": pids,
@@ -256,9 +267,7 @@ def browser(findings: Findings, workers: int) -> dict:
         "infrared": [int(modality == "infrared") for modality in modalities],
         "thumbnail": [height, width],
         "sheet": [sprites.COLUMNS, sprites.ROWS],
-        "sheets": sprites.sheets(
-            decode(list(images), height, width, workers, pixel_range=evaluation.pixel_range)
-        ),
+        "sheets": sprites.sheets(batches),
         "lists": [
             {"title": f"{findings.label(each, rerank)}; {protocol.row}", "rule": RULES[protocol.rule]}
             | ranking_lines(each, protocol, rerank, number)
@@ -274,14 +283,14 @@ def ranking_lines(each: Evaluated, protocol: Protocol, rerank: str | None, numbe
 
     kinds: for each query a letter for each image: r(ight), w(rong) or i(gnored).
     """
-    ranked, distmat = each.ranked(protocol, rerank)
+    ranked = each.ranked(protocol, rerank)
     query, gallery = each.evaluation.samples[protocol, each.trial]
     g_numbers = np.array([number[path] for path in gallery.paths])
     kinds, distances = [], []
     for q, (places, ignored) in enumerate(zip(ranked.places, ranked.ignored, strict=True)):
         right = gallery.pids[places] == query.pids[q]
         kinds.append("".join(np.where(ignored, "i", np.where(right, "r", "w")).tolist()))
-        distances.append([round(value, 3) for value in distmat[q, places].tolist()])
+        distances.append([round(value, 3) for value in ranked.distances[q].tolist()])
     return {
         "trial": each.trial,
         "queries": [number[path] for path in query.paths],

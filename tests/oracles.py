@@ -74,7 +74,7 @@ def k_reciprocal_loop(query_features, gallery_features, k1=20, k2=6, lambda_valu
 
     averaged = np.zeros_like(vectors)
     for image in range(num):
-        averaged[image] = vectors[ranking[image, :k2]].mean(axis=0)
+        averaged[image] = vectors[ranking[image, :k2]].mean(axis=0) if k2 > 1 else vectors[image]
     holders = [np.nonzero(averaged[:, image])[0] for image in range(num)]
 
     jaccard = np.zeros((num_query, num), dtype=dtype)

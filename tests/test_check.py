@@ -134,7 +134,7 @@ def test_check_knows_that_llcm_holds_its_test_images_twice(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [(np.nan, "finite"), (None, "single value"), (0, "")], ids=["NaN", "flat", "fine"]
+    ("value", "words"), [(np.nan, "NaN"), (None, "single value"), (0, "")], ids=["NaN", "flat", "fine"]
 )
 def test_check_refuses_the_pixels_that_train_refuses(tmp_path, train_here, value, words):
     """A folder of floating-point images: what check prints is what train.py says."""
@@ -148,7 +148,7 @@ def test_check_refuses_the_pixels_that_train_refuses(tmp_path, train_here, value
     root = tmp_path / "data"
     write(root / "test_identities.txt", "c\nd\n")
     if value is not None and np.isnan(value):
-        values[3, 3] = np.nan
+        values[:] = np.nan
         Image.fromarray(values).save(root / "infrared/a/1.tif")
     problems = [line for line in check("folder", root)[0] if line.startswith("problem: ")]
     status, _, errors = train_here("--dataset", "folder", "--check", *tiny_flags(root), "--batch-size", "2")

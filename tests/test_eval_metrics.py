@@ -14,11 +14,14 @@ from eval_metrics import (
     eval_llcm,
     eval_regdb,
     eval_sysu,
+    evaluate_queries,
     evaluate_trials,
+    ignored_pairs,
     k_reciprocal,
     matched,
     summarize,
 )
+from evaluation import counting
 from tests.oracles import evaluate_loop, ignored_images
 
 CAMERAS = {"sysu": ((3, 6), (1, 2, 4, 5)), "regdb": ((1,), (2,)), "llcm": ((1, 2, 4), range(1, 10))}
@@ -152,7 +155,7 @@ def test_one_tie_between_a_match_and_another_identity(protocol):
 def test_more_matches_than_are_counted_one_by_one(protocol, ties):
     rng = np.random.default_rng(3)
     q_pids, g_pids = rng.choice([5, 9], 12), rng.choice([5, 9, 11], 400, p=[0.7, 0.2, 0.1])
-    assert (g_pids == 5).sum() > eval_metrics.FEW_MATCHES
+    assert (g_pids == 5).sum() > counting.FEW_MATCHES
     ids = q_pids, g_pids, rng.choice(CAMERAS[protocol][0], 12), rng.choice(CAMERAS[protocol][1], 400)
     distmat = rng.integers(0, 50, (12, 400)) if ties else rng.standard_normal((12, 400))
     assert_same(eval_distmat(protocol, distmat, *ids), evaluate_loop(distmat, *ids, protocol))
@@ -274,6 +277,82 @@ def test_which_queries_have_a_match(protocol):
         expected.append(bool((g_pids[~ignored] == pid).any()))
     assert 0 < sum(expected) < len(expected)
     assert matched(protocol, q_pids, g_pids, q_camids, g_camids).tolist() == expected
+
+
+# ---- each query's own values
+
+
+@pytest.mark.parametrize("protocol", CAMERAS)
+@pytest.mark.parametrize("distance", ["cosine", "euclidean"])
+def test_values_of_each_query_are_those_of_the_query_alone(protocol, distance):
+    rng = np.random.default_rng(8)
+    ids = q_pids, g_pids, q_camids, g_camids = draw(protocol, num_gallery=40)
+    features = unit(rng, 60, 16), unit(rng, 40, 16)
+    if distance == "euclidean":
+        features = [50 + rng.uniform(1, 3, (len(values), 1)) * values for values in features]
+    values = evaluate_queries(Trial(*features, *ids), protocol, distance=distance)
+    q, g = (array.astype(np.float32).astype(float) for array in features)
+    distmat = -q @ g.T if distance == "cosine" else np.linalg.norm(q[:, None] - g, axis=2)
+    assert 0 < values.counted.sum() < 60
+    for k in range(60):
+        ignored = ignored_images(protocol, q_pids[k], q_camids[k], g_pids, g_camids)
+        assert values.counted[k] == (g_pids[~ignored] == q_pids[k]).any()
+        if values.counted[k]:
+            own = distmat[k : k + 1], q_pids[k : k + 1], g_pids, q_camids[k : k + 1], g_camids
+            cmc, ap, inp = evaluate_loop(*own, protocol, 40)
+            assert (values.ap[k], values.inp[k]) == pytest.approx((ap, inp), abs=1e-12)
+            assert values.first[k] == 1 + (cmc == 0).sum()
+        else:
+            assert (np.isnan(values.ap[k]), np.isnan(values.inp[k]), values.first[k]) == (True, True, 0)
+
+
+@pytest.mark.parametrize("protocol", CAMERAS)
+def test_which_pairs_are_ignored(protocol):
+    q_pids, g_pids, q_camids, g_camids = draw(protocol)
+    expected = [
+        ignored_images(protocol, pid, camid, g_pids, g_camids)
+        for pid, camid in zip(q_pids, q_camids, strict=True)
+    ]
+    np.testing.assert_array_equal(ignored_pairs(protocol, q_pids, g_pids, q_camids, g_camids), expected)
+
+
+# ---- ids and features as other programs write them
+
+
+@pytest.mark.parametrize("dtype", [">i4", "<u2", "float64", ">f4", "uint8"])
+def test_ids_of_any_kind_of_whole_numbers(dtype):
+    ids = tuple(values % 200 if dtype == "uint8" else values for values in draw("sysu"))
+    distmat = np.random.default_rng(1).standard_normal((60, 150))
+    written = [values.astype(dtype) for values in ids]
+    assert_same(eval_sysu(distmat, *written), evaluate_loop(distmat, *ids, "sysu"))
+    assert_same(eval_sysu(distmat.astype(">f8"), *ids), evaluate_loop(distmat, *ids, "sysu"))
+
+
+def test_ids_that_are_none_are_refused_by_name():
+    distmat, (q_pids, g_pids, q_camids, g_camids) = np.zeros((60, 150)), draw("sysu")
+    fraction = g_pids.astype(float)
+    fraction[3] += 0.25
+    for ids, message in (
+        ((q_pids.astype(str), g_pids, q_camids, g_camids), "q_pids: numbers are needed, not <U"),
+        ((q_pids, g_pids.astype(object), q_camids, g_camids), "g_pids: numbers are needed, not object"),
+        ((q_pids, fraction, q_camids, g_camids), r"g_pids must be whole numbers, and \d+\.25 is none"),
+        ((q_pids, torch.from_numpy(fraction), q_camids, g_camids), "g_pids must be whole numbers"),
+        ((q_pids, np.full(150, np.nan), q_camids, g_camids), "g_pids must be whole numbers, and nan"),
+        ((q_pids, g_pids, q_camids - 1, g_camids - 1), "cameras of SYSU-MM01 are 1 to 6, .* are 0 to 4"),
+        ((q_pids, g_pids, q_camids + 1, g_camids), "q_camids: the cameras .* are 4 to 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            eval_sysu(distmat, *ids)
+
+
+def test_features_that_are_not_unit_are_refused():
+    rng, ids = np.random.default_rng(0), draw("sysu")
+    query, gallery = unit(rng, 60, 16), unit(rng, 150, 16)
+    longer = gallery * np.linspace(0.2, 5, 150)[:, None]
+    with pytest.raises(ValueError, match=r"must be unit, and their norms are 0\.2 to 5"):
+        eval_features(query, longer, *ids, "sysu")
+    rounded = torch.from_numpy(query).bfloat16(), torch.from_numpy(gallery).half()
+    eval_features(*rounded, *map(torch.from_numpy, ids), "sysu")
 
 
 def test_trials_re_ranked():

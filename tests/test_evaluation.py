@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from conftest import draw_images, tiny_flags
 
 from augmentation import normalize
-from data_manager import DATASETS
+from data_manager import DATASETS, Samples
 from devices import Processes
 from eval_metrics import eval_sysu
-from evaluation import protocols as evaluation
-from evaluation.protocols import Evaluation, Protocol, reranking_of
+from evaluation import embedding
+from evaluation.embedding import TestImages
+from evaluation.protocols import Evaluation, Protocol
+from evaluation.scoring import reranking_of, score
 from evaluation.tables import Counts, counts_of, warnings
 from images import read_image
 from reranking import affinity_inference
@@ -30,9 +32,12 @@ class Pixels(torch.nn.Module):
         return F.adaptive_avg_pool2d(images, (4, 2)).flatten(1)
 
 
-def embed(evaluated, trial=None, processes=None, **more):
+def embed(images, trial=None, processes=None, **more):
+    """The features of TestImages, or of an evaluation's at 32x16; with flip=True both."""
+    images = images if isinstance(images, TestImages) else TestImages(images, 32, 16)
     cpu = torch.device("cpu")
-    return evaluated.features(Pixels(), cpu, None, 7, 1, processes or Processes(), trial, **more)
+    found = images.embed(Pixels(), cpu, None, 7, 1, processes or Processes(), trial, **more)
+    return found if more else found[0]
 
 
 def test_titles_spell_the_protocol_out():
@@ -44,65 +49,85 @@ def test_titles_spell_the_protocol_out():
 
 def test_features_and_scores(sysu):
     """Each image has one row, whichever protocols and trials use it; scores are those of its rows."""
-    evaluated = Evaluation(sysu, [ALL, INDOOR], range(10), 32, 16)
-    used = {path for samples in evaluated.all_samples() for path in samples.paths}
-    assert sum(map(len, evaluated.rows.values())) == len(used)
+    evaluated = Evaluation.draw(sysu, [ALL, INDOOR], range(10))
+    used = {path for pair in evaluated.samples.values() for samples in pair for path in samples.paths}
+    images = evaluated.images()
+    assert sum(map(len, images.values())) == len(used)
+    assert set(images["visible"].paths) | set(images["infrared"].paths) == used
     features = embed(evaluated)
-    assert {modality: len(own) for modality, own in features.items()} == {
-        modality: len(rows) for modality, rows in evaluated.rows.items()
-    }
-    np.testing.assert_allclose(features["visible"].norm(dim=1), 1, rtol=1e-6)
-    scores = evaluated.score(features)
-    assert [len(scores[protocol]) for protocol in (ALL, INDOOR)] == [10, 10]
+    assert {m: len(own) for m, own in features.tensors.items()} == {m: len(own) for m, own in images.items()}
+    np.testing.assert_allclose(features.tensors["visible"].norm(dim=1), 1, rtol=1e-6)
+    scores = score(evaluated, features)
+    assert [[each.trial for each in scores[protocol]] for protocol in (ALL, INDOOR)] == [list(range(10))] * 2
     query, gallery = evaluated.samples[INDOOR, 4]
-    q = features["infrared"][[evaluated.rows["infrared"][path] for path in query.paths]]
-    g = features["visible"][[evaluated.rows["visible"][path] for path in gallery.paths]]
+    q, g = features.of(query), features.of(gallery)
+    rows = features.rows["infrared"]
+    torch.testing.assert_close(q[3], features.tensors["infrared"][rows[query.paths[3]]])
     expected = eval_sysu(-q @ g.T, query.pids, gallery.pids, query.camids, gallery.camids)
-    np.testing.assert_array_equal(scores[INDOOR][4].cmc, expected.cmc)
-    assert scores[INDOOR][4].mAP == pytest.approx(expected.mAP, abs=1e-12)
-    assert evaluated.score(features, trial=4)[INDOOR][0].mAP == scores[INDOOR][4].mAP
+    found = scores[INDOOR][4]
+    np.testing.assert_array_equal(found.metrics.cmc, expected.cmc)
+    assert found.metrics.mAP == pytest.approx(expected.mAP, abs=1e-12)
+    assert found.values.ap[found.values.counted].mean() == pytest.approx(expected.mAP, abs=1e-12)
+    assert found.jackknife.persons == tuple(np.unique(query.pids[found.values.counted]).tolist())
+    (one,) = score(evaluated, features, trial=4, intervals=False)[INDOOR]
+    assert (one.metrics.mAP, one.jackknife) == (found.metrics.mAP, None)
+
+
+def test_an_image_of_several_parts_is_listed_once():
+    """Query, galleries and further images overlap; pids and camids stay with their paths."""
+
+    def some(modality, *numbers):
+        numbers = np.array(numbers)
+        return Samples([f"{modality}{k}" for k in numbers], numbers + 5, numbers + 1, modality)
+
+    visible, more = some("visible", 2, 0), some("visible", 0, 3)
+    evaluated = Evaluation(
+        {(ALL, 0): (some("infrared", 1), visible), (ALL, 1): (some("infrared", 4, 1), some("visible", 2))},
+        more=[more],
+    )
+    images = evaluated.images()
+    assert images["visible"].paths == ["visible2", "visible0", "visible3"]
+    assert images["visible"].pids.tolist() == [7, 5, 8]
+    assert images["infrared"].camids.tolist() == [2, 5]
+    assert evaluated.images(0)["infrared"].paths == ["infrared1"]
 
 
 def test_kept_images_are_decoded_once(sysu, monkeypatch):
     decoded = []
-    original = evaluation.decode
+    original = embedding.decode
     monkeypatch.setattr(
-        evaluation, "decode", lambda paths, *a, **k: decoded.append(len(paths)) or original(paths, *a, **k)
+        embedding, "decode", lambda paths, *a, **k: decoded.append(len(paths)) or original(paths, *a, **k)
     )
-    evaluated = Evaluation(sysu, [ALL], [0, 1], 32, 16)
-    evaluated.load(1, Processes())
-    first, second, one = embed(evaluated), embed(evaluated), embed(evaluated, trial=1)
-    assert sorted(decoded) == sorted(map(len, evaluated.rows.values()))
-    from_files = embed(Evaluation(sysu, [ALL], [0, 1], 32, 16))
-    for modality, rows in evaluated.rows.items():
-        torch.testing.assert_close(first[modality], second[modality], rtol=0, atol=0)
-        torch.testing.assert_close(first[modality], from_files[modality], rtol=0, atol=1e-6)
-        wanted = [
-            rows[path]
-            for samples in evaluated.all_samples(1)
-            if samples.modality == modality
-            for path in samples.paths
-        ]
-        torch.testing.assert_close(one[modality][wanted], first[modality][wanted], rtol=0, atol=1e-6)
-        others = sorted(set(rows.values()) - set(wanted))
-        assert (one[modality][others] == 0).all()
+    evaluated = Evaluation.draw(sysu, [ALL], [0, 1])
+    kept = TestImages(evaluated, 32, 16)
+    kept.load(1, Processes())
+    first, second, one = embed(kept), embed(kept), embed(kept, trial=1)
+    assert sorted(decoded) == sorted(map(len, evaluated.images().values()))
+    from_files = embed(evaluated)
+    for modality, tensor in first.tensors.items():
+        torch.testing.assert_close(tensor, second.tensors[modality], rtol=0, atol=0)
+        torch.testing.assert_close(tensor, from_files.tensors[modality], rtol=0, atol=1e-6)
+        wanted = evaluated.images(1)[modality]
+        torch.testing.assert_close(one.of(wanted), first.of(wanted), rtol=0, atol=1e-6)
+        others = set(evaluated.images()[modality].paths) - set(wanted.paths)
+        rows = [one.rows[modality][path] for path in others]
+        assert (one.tensors[modality][rows] == 0).all()
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_processes_share_the_images(sysu, kept):
     """What two processes decode and embed each adds up to what one embeds."""
-    shares = []
+    shares, evaluated = [], Evaluation.draw(sysu, [ALL], [0])
     for rank in range(2):
-        evaluated = Evaluation(sysu, [ALL], [0], 32, 16)
+        images = TestImages(evaluated, 32, 16)
         processes = Processes()
         processes.rank, processes.world_size, processes.all_reduce = rank, 2, lambda tensor: tensor
         if kept:
-            evaluated.load(1, processes)
-            for modality, rows in evaluated.rows.items():
-                assert len(evaluated.pixels[modality]) == len(range(rank, len(rows), 2))
-        shares.append(embed(evaluated, processes=processes))
-    evaluated = Evaluation(sysu, [ALL], [0], 32, 16)
-    for modality, whole in embed(evaluated).items():
+            images.load(1, processes)
+            for modality, samples in evaluated.images().items():
+                assert len(images.pixels[modality]) == len(range(rank, len(samples), 2))
+        shares.append(embed(images, processes=processes).tensors)
+    for modality, whole in embed(evaluated).tensors.items():
         torch.testing.assert_close(shares[0][modality] + shares[1][modality], whole, rtol=0, atol=1e-6)
         assert ((shares[0][modality] == 0).all(1) ^ (shares[1][modality] == 0).all(1)).all()
 
@@ -110,33 +135,33 @@ def test_processes_share_the_images(sysu, kept):
 def test_short_galleries(sysu):
     multi = Protocol("sysu", "indoor", 10)
     with pytest.raises(UserError, match="--shot 10"):
-        Evaluation(sysu, [multi], [0], 32, 16)
-    gallery_cells = Evaluation(sysu, [INDOOR], [0], 32, 16).samples[INDOOR, 0][1]
-    short = Evaluation(sysu, [INDOOR, multi], [0, 1], 32, 16, allow_short=True).short
+        Evaluation.draw(sysu, [multi], [0])
+    gallery_cells = Evaluation.draw(sysu, [INDOOR], [0]).samples[INDOOR, 0][1]
+    short = Evaluation.draw(sysu, [INDOOR, multi], [0, 1], allow_short=True).short
     assert short == f"{len(gallery_cells)} (id, camera) of the galleries have too few images"
-    assert Evaluation(sysu, [INDOOR], [0], 32, 16, allow_short=True).short == ""
+    assert Evaluation.draw(sysu, [INDOOR], [0], allow_short=True).short == ""
 
 
 def test_features_that_cannot_be_scored(sysu):
-    evaluated = Evaluation(sysu, [ALL], [0], 32, 16)
+    evaluated = Evaluation.draw(sysu, [ALL], [0])
     features = embed(evaluated)
-    features["visible"][0] = torch.nan
+    features.tensors["visible"][0] = torch.nan
     with pytest.raises(UserError, match=r"SYSU-MM01, all, .*NaN"):
-        evaluated.score(features)
+        score(evaluated, features)
 
 
 def test_flipping_averages_an_image_and_its_mirror(sysu):
-    evaluated = Evaluation(sysu, [ALL], [0], 32, 16)
-    plain, both = embed(evaluated), embed(evaluated, flip=True)
-    for modality, rows in evaluated.rows.items():
-        assert both[modality].shape == (2, len(rows), Pixels.dim)
-        torch.testing.assert_close(both[modality][0], plain[modality], rtol=0, atol=0)
+    evaluated = Evaluation.draw(sysu, [ALL], [0])
+    plain, (again, both) = embed(evaluated), embed(evaluated, flip=True)
+    for modality, rows in plain.rows.items():
+        assert both.tensors[modality].shape == (len(rows), Pixels.dim)
+        torch.testing.assert_close(again.tensors[modality], plain.tensors[modality], rtol=0, atol=0)
         path, row = next(iter(rows.items()))
         pixels = read_image(path, 32, 16)
         own, mirror = F.normalize(Pixels()(normalize(torch.from_numpy(np.stack([pixels, pixels[:, ::-1]])))))
         assert (own - mirror).abs().max() > 1e-3
         mean = F.normalize(own + mirror, dim=0)
-        torch.testing.assert_close(both[modality][1, row], mean, rtol=0, atol=1e-6)
+        torch.testing.assert_close(both.tensors[modality][row], mean, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +199,7 @@ def sysu_tree(root, cameras, pids=(1, 2)):
 
 
 def test_counts(sysu):
-    evaluated = Evaluation(sysu, [ALL, INDOOR], [0, 1], 32, 16)
+    evaluated = Evaluation.draw(sysu, [ALL, INDOOR], [0, 1])
     query, gallery = evaluated.samples[INDOOR, 1]
     counts = counts_of(evaluated)[INDOOR, 1]
     images = set(zip(gallery.pids.tolist(), gallery.camids.tolist(), strict=True))
@@ -187,21 +212,23 @@ def test_counts(sysu):
 
 
 def test_queries_that_ignore_every_match_do_not_count(tmp_path):
-    evaluated = Evaluation(sysu_tree(tmp_path / "sysu", (2, 3, 6)), [ALL], [0], 32, 16)
+    evaluated = Evaluation.draw(sysu_tree(tmp_path / "sysu", (2, 3, 6)), [ALL], [0])
     counts = counts_of(evaluated)[ALL, 0]
     assert counts == Counts(queries=4, gallery=2, identities=2, candidates=2, counted=2)
     assert "4 queries, 2 of them without a match" in str(counts)
 
 
-def test_counts_that_are_not_the_published_ones_are_one_warning(sysu):
-    found = counts_of(Evaluation(sysu, [ALL, INDOOR], range(10), 32, 16))
-    (warning,) = warnings(found)
-    counts = found[ALL, 0]
-    assert warning == (
-        f"{ALL.title}: not the published counts (in brackets): {counts.queries} queries (3,803), "
-        f"{counts.gallery} gallery images (301), {counts.identities} identities (96), "
-        f"{counts.counted} queries with a match (3,803)"
-    )
+def test_counts_that_are_not_the_published_ones_are_a_warning_for_each_protocol(sysu):
+    found = counts_of(Evaluation.draw(sysu, [ALL, INDOOR], range(10)))
+    lines = warnings(found)
+    assert len(lines) == 2
+    for line, protocol, expected in zip(lines, (ALL, INDOOR), ((301, 3803), (112, 2208)), strict=True):
+        counts, (gallery, counted) = found[protocol, 0], expected
+        assert line == (
+            f"{protocol.title}: not the published counts (in parentheses): {counts.queries} queries (3,803), "
+            f"{counts.gallery} gallery images ({gallery}), {counts.identities} identities (96), "
+            f"{counts.counted} queries with a match ({counted:,})"
+        )
     published = {
         (ALL, 0): Counts(3803, 301, 96, 96, 3803),
         (INDOOR, 0): Counts(3803, 112, 96, 56, 2208),
@@ -213,7 +240,7 @@ def test_counts_that_are_not_the_published_ones_are_one_warning(sysu):
 
 
 def test_a_gallery_of_one_identity_means_nothing(tmp_path):
-    evaluated = Evaluation(sysu_tree(tmp_path / "sysu", (1, 6), pids=(4,)), [ALL], [0], 32, 16)
+    evaluated = Evaluation.draw(sysu_tree(tmp_path / "sysu", (1, 6), pids=(4,)), [ALL], [0])
     assert warnings(counts_of(evaluated))[1].startswith(
         "a gallery has one identity only: its metrics mean nothing"
     )
@@ -245,7 +272,7 @@ def test_what_cannot_be_evaluated_is_refused_at_once(tree, tmp_path, train_here)
     """The evaluation, and so train.py, with --check and without, before it reads a training image."""
     root, protocol, rule = tree(tmp_path)
     with pytest.raises(UserError, match=rule):
-        Evaluation(root, [protocol], [DATASETS[protocol.dataset].trials[0]], 32, 16)
+        Evaluation.draw(root, [protocol], [DATASETS[protocol.dataset].trials[0]])
     for more in ([], ["--check"]):
         flags = "--dataset", protocol.dataset, "--mode", protocol.mode, *tiny_flags(root), *more
         status, _, (error,) = train_here(*flags)

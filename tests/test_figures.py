@@ -13,14 +13,14 @@ from PIL import Image
 
 from augmentation import normalize
 from engine.events import Board, augmentation_grid
-from eval_metrics import eval_llcm, eval_regdb, eval_sysu
+from eval_metrics import Trial, eval_features, ignored_pairs
 from evaluation import rankings
 from evaluation.protocols import Evaluation, Protocol
-from evaluation.rankings import camera_pairs, choose_queries, ignored_pairs, rank_queries
+from evaluation.rankings import camera_pairs, choose_queries, rank_queries
+from evaluation.scoring import Features
 from evaluation.similarity import (
     Similarities,
     equal_error_rate,
-    images_of,
     overlap,
     sample_similarities,
 )
@@ -37,10 +37,19 @@ def rng():
 
 
 def random_trial(rng, queries=40, images=60):
-    """distmat with ties, then pids and camids: some queries have no match, some only ignored ones."""
-    distmat = rng.integers(0, 25, (queries, images)) / 25
+    """Features of few directions, so with ties; some queries have no match, some only ignored ones."""
+    angles = rng.integers(0, 25, queries), rng.integers(0, 25, images)
+    features = (np.stack([np.cos(angle / 8), np.sin(angle / 8)], 1) for angle in angles)
     ids = rng.integers(0, 9, queries), rng.integers(1, 9, images)
-    return distmat, *ids, rng.choice([3, 6], queries), rng.choice([1, 2, 3, 6], images)
+    return Trial(*features, *ids, rng.choice([3, 6], queries), rng.choice([1, 2, 3, 6], images))
+
+
+def in_order(q_camid, g_camids):
+    """A query whose gallery images, all of its pid, lie ever farther away."""
+    angles = np.arange(len(g_camids)) / 20
+    gallery = np.stack([np.cos(angles), np.sin(angles)], 1)
+    same = np.zeros(len(g_camids), int)
+    return Trial(np.array([[1.0, 0.0]]), gallery, np.array([0]), same, np.array([q_camid]), g_camids)
 
 
 # ---- each query's own ranking
@@ -50,11 +59,8 @@ def random_trial(rng, queries=40, images=60):
 def test_the_queries_together_give_the_metrics(protocol, rng):
     for _ in range(5):
         trial = random_trial(rng)
-        ranked = rank_queries(*trial, protocol)
-        if protocol == "regdb":
-            metrics = eval_regdb(*trial[:3])
-        else:
-            metrics = {"sysu": eval_sysu, "llcm": eval_llcm}[protocol](*trial)
+        ranked = rank_queries(trial, protocol)
+        metrics = eval_features(*trial, protocol)
         matched = ranked.first > 0
         assert 0 < matched.sum() < len(matched)
         assert np.isnan(ranked.ap).tolist() == (~matched).tolist()
@@ -63,31 +69,46 @@ def test_the_queries_together_give_the_metrics(protocol, rng):
         np.testing.assert_allclose(curve, metrics.cmc, atol=1e-12)
 
 
-def test_blocks_of_queries_are_ranked_as_all_together(rng, monkeypatch):
+def listed(distances, ignored):
+    """(places, whether ignored) of a query, sorted as a whole, as METHOD would be written first."""
+    kept, left_out, found = 0, 0, []
+    for place in np.argsort(distances, kind="stable"):
+        if kept == rankings.SHOWN:
+            break
+        kept, left_out = kept + (not ignored[place]), left_out + ignored[place]
+        if not ignored[place] or left_out <= rankings.SHOWN:
+            found.append((place, ignored[place]))
+    return found
+
+
+@pytest.mark.parametrize("rerank", [None, lambda query, gallery: np.round(3 * query @ gallery.T)])
+@pytest.mark.parametrize("protocol", ["sysu", "regdb", "llcm"])
+def test_the_list_is_the_beginning_of_the_sorted_gallery(protocol, rerank, rng, monkeypatch):
     trial = random_trial(rng)
-    together = rank_queries(*trial, "sysu")
-    monkeypatch.setattr(rankings, "BLOCK", 7 * 60)
-    for whole, parts in zip(together, rank_queries(*trial, "sysu"), strict=True):
-        for one, other in zip(whole, parts, strict=True):
-            np.testing.assert_array_equal(one, other)
+    query, gallery = (torch.from_numpy(features).float() for features in trial[:2])
+    distmat = (rerank(query, gallery) if rerank else -(query @ gallery.T)).numpy()
+    mask = ignored_pairs(protocol, *trial[2:])
+    for block in (2**22, 7 * 60):
+        monkeypatch.setattr(rankings, "BLOCK", block)
+        ranked = rank_queries(trial, protocol, rerank and (lambda *_: torch.from_numpy(distmat)))
+        for k, distances in enumerate(distmat):
+            expected = listed(distances, mask[k])
+            assert list(zip(ranked.places[k], ranked.ignored[k], strict=True)) == expected
+            shown = distances[ranked.places[k]] + (0 if rerank else 1)
+            np.testing.assert_allclose(ranked.distances[k], shown, atol=1e-6)
 
 
 def test_the_list_has_ten_images_that_count_and_the_ignored_ones_among_them():
     g_camids = np.array([2, 2, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 1, 1])
-    distmat = np.arange(16.0)[None]
-    same = np.zeros(16, dtype=int)
-    ranked = rank_queries(distmat, np.array([0]), same, np.array([3]), g_camids, "sysu")
+    ranked = rank_queries(in_order(3, g_camids), "sysu")
     assert ranked.places[0].tolist() == list(range(13))  # image 13 is ignored, but behind the tenth
     assert np.flatnonzero(ranked.ignored[0]).tolist() == [0, 1, 3]
-    ranked = rank_queries(distmat, np.array([0]), same, np.array([6]), g_camids, "sysu")
+    ranked = rank_queries(in_order(6, g_camids), "sysu")
     assert ranked.places[0].tolist() == list(range(10))
 
 
 def test_of_many_ignored_images_ten_are_listed():
-    g_camids = np.array([2] * 15 + [1])
-    ranked = rank_queries(
-        np.arange(16.0)[None], np.array([0]), np.zeros(16, int), np.array([3]), g_camids, "sysu"
-    )
+    ranked = rank_queries(in_order(3, np.array([2] * 15 + [1])), "sysu")
     assert ranked.places[0].tolist() == [*range(10), 15]
 
 
@@ -98,20 +119,18 @@ def test_llcm_ignores_the_own_id_in_the_own_camera_only():
 
 
 def test_camera_pairs_are_the_metrics_of_their_part(rng):
-    distmat, q_pids, g_pids, q_camids, g_camids = random_trial(rng)
-    found = camera_pairs(distmat, q_pids, g_pids, q_camids, g_camids, "sysu")
+    trial = random_trial(rng)
+    found = camera_pairs(trial, "sysu")
     assert set(found) == {(q, g) for q in (3, 6) for g in (1, 2, 3, 6)}
-    rows, columns = q_camids == 6, g_camids == 1
-    part = eval_sysu(
-        distmat[rows][:, columns], q_pids[rows], g_pids[columns], q_camids[rows], g_camids[columns]
-    )
+    kept = trial.q_camids == 6, trial.g_camids == 1
+    part = eval_features(*(values[rows] for values, rows in zip(trial, kept * 3, strict=True)), "sysu")
     assert found[6, 1] == pytest.approx((part.cmc[0], part.mAP))
     assert np.isnan(found[3, 2]).all()  # never compared
 
 
 def test_queries_are_chosen(rng):
     trial = random_trial(rng)
-    ranked, q_pids = rank_queries(*trial, "sysu"), trial[1]
+    ranked, q_pids = rank_queries(trial, "sysu"), trial.q_pids
     matched = ranked.first > 0
     worst, best = (choose_queries([word], ranked, q_pids, 5) for word in ("worst", "best"))
     assert ranked.ap[worst].tolist() == np.sort(ranked.ap[matched])[:5].tolist()
@@ -204,15 +223,11 @@ def test_what_tensorboard_gets(sysu):
     ((method, grid, epoch),) = writer.added.values()
     assert (method, tuple(grid.shape), epoch) == ("add_image", (3, 30, 12), 0)
 
-    evaluation = Evaluation(sysu, [Protocol("sysu", "all")], range(10), 32, 16)
-    images = images_of(evaluation)
-    assert {m: samples.paths for m, samples in images.items()} == {
-        m: list(r) for m, r in evaluation.rows.items()
-    }
+    evaluation = Evaluation.draw(sysu, [Protocol("sysu", "all")], range(10))
+    images = evaluation.images()
     pids = np.unique(images["visible"].pids)
-    features = {  # one-hot in the identity, in the order of the rows
-        m: torch.eye(len(pids))[np.searchsorted(pids, samples.pids)] for m, samples in images.items()
-    }
+    onehot = {m: torch.eye(len(pids))[np.searchsorted(pids, own.pids)] for m, own in images.items()}
+    features = Features.of_images(images, onehot)
     board.writer = writer = Writer()
     board.add_evaluation({"epoch": 3, "evaluation": {"metrics": {"mAP": 0}}}, features, evaluation)
     assert len(writer.added) == 3 * 4 + 1

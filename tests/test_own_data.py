@@ -349,6 +349,10 @@ WRONG = {
     ),
     "a CSV without lines": (lines(), ["images.csv", "lists no images"]),
     "an unknown column": (lines(*GOOD, header="path,pid,camera,modality,split"), ["unknown column camera"]),
+    "an index of pandas": (
+        lines(*(f"{k},{line}" for k, line in enumerate(GOOD)), header=",path,pid,camid,modality,split"),
+        ["unknown column  (pandas writes one without a name, unless index=False)"],
+    ),
     "semicolons": (lines(header="path;pid;modality"), ["images.csv: its values are separated by semicolons"]),
     "tabs": (lines(header="path\tpid\tmodality"), ["images.csv: its values are separated by tabs"]),
     "a missing column": (lines(*GOOD, header="path,camid,modality,split"), ["no column pid"]),
@@ -413,14 +417,14 @@ def draw(root, identities=6, tested=3):
 def test_the_same_camera_is_ignored_only_where_it_is_known(tmp_path):
     root = table(tmp_path, CSV + "b/3.png,7,hall,infrared,test\n")
     plain, ignoring = (Protocol("folder", V2I, ignore_same_camera=flag) for flag in (False, True))
-    evaluation = Evaluation(root, [plain, ignoring], [0], 8, 8)
+    evaluation = Evaluation.draw(root, [plain, ignoring], [0])
     assert (plain.rule, ignoring.rule) == ("regdb", "llcm")
     assert "same camera ignored" in ignoring.title
     query, gallery = evaluation.samples[ignoring, 0]
     assert (query.camids.tolist(), gallery.camids.tolist()) == ([1], [1, 2])
     write(root / "images.csv", CSV.replace("7,door,infrared", "7,,infrared"))
-    Evaluation(root, [plain], [0], 8, 8)
-    refused(lambda: Evaluation(root, [ignoring], [0], 8, 8), "--ignore-same-camera", root / "b/2.png")
+    Evaluation.draw(root, [plain], [0])
+    refused(lambda: Evaluation.draw(root, [ignoring], [0]), "--ignore-same-camera", root / "b/2.png")
 
 
 def test_sixteen_bit_infrared_images_train_and_test_by_one_range(tmp_path, train_here):

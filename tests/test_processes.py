@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import socket
 import sys
-import time
 from copy import deepcopy
 from functools import partial
 from operator import itemgetter
@@ -120,7 +119,6 @@ def work(number, ports, root, folder):
         os.environ.update(RANK=str(number % count), WORLD_SIZE=str(count))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         processes = Processes()
-        began = time.process_time()
         results = {"first step": first_step(build(root, processes))}
         if count == 3:
             results["undisturbed"], results["resumed"] = resumed(root, processes)
@@ -134,7 +132,6 @@ def work(number, ports, root, folder):
             for loss in LOSSES[1:]:
                 results[loss] = some_steps(build(root, processes, "--loss", loss), 1)
             torch.set_default_dtype(torch.float32)
-        print(count, number, time.process_time() - began, flush=True)
         torch.save(results, f"{folder}/{count}-{number % count}.pt")
         processes.stop()
 

@@ -1,5 +1,6 @@
 """tools/report.py: its numbers are test.py's, its page works in a browser, and bad input is told."""
 
+import argparse
 import html
 import importlib.util
 import json
@@ -18,8 +19,10 @@ from conftest import REPOSITORY, run_script
 import synthetic
 from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import Samples
-from eval_metrics import Metrics
-from evaluation.protocols import Protocol
+from evaluation.features import FeatureFile
+from evaluation.methods import Method, find_methods
+from evaluation.protocols import Evaluation, Protocol
+from evaluation.scoring import Features
 from reporting import report as results_report
 from reporting import sprites
 from reporting.evaluated import Evaluated
@@ -193,9 +196,10 @@ def test_regdb_has_a_model_for_each_trial(report_here, sysu, runs, tmp_path, mon
     assert [row[-1] for row in rows] == ["2", "2"]  # trials
     path = str(tmp_path / "run_trial_1_best.t")
     command = ["--resume", path, *map(str, words), *MACHINE]
-    each = report.evaluate_checkpoint(command, path, "a", torch.device("cpu"), None)
-    assert each.trial == 1
-    assert each.evaluation.pixels == {}  # all of RegDB's would stay in memory
+    (method,) = find_methods(report.get_args_parser, command)
+    method.evaluate(torch.device("cpu"))
+    assert method.trial == 1
+    assert method.images.pixels == {}  # all of RegDB's would stay in memory
     with pytest.raises(UserError, match="no checkpoint of trial 2"):
         report_here("--resume", tmp_path / "run_trial_{trial}_best.t", "--trial", "2", *words)
     with pytest.raises(UserError, match=r"run_trial_1_best\.t: trained on RegDB, the first on SYSU-MM01"):
@@ -407,21 +411,22 @@ def test_a_screen_reader_is_told_everything(chromium, page):
 # ---- SYSU-MM01's size
 
 
-class Everyone:
-    """Stands in for an Evaluation: SYSU-MM01's 3,803 queries and 301 gallery images, of 96 ids."""
-
-    height, width, pixel_range, short = 384, 128, None, "a note"
-
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        query, gallery = (
-            Samples([f"{modality}{k}" for k in range(n)], np.sort(rng.integers(96, size=n)),
-                    rng.choice(cameras, n), modality)
-            for modality, n, cameras in (("infrared", 3803, (3, 6)), ("visible", 301, (1, 2, 4, 5)))
-        )  # fmt: skip
-        protocol = Protocol("sysu", "all")
-        self.samples = {(protocol, 0): (query, gallery)}
-        self.rows = {s.modality: {path: k for k, path in enumerate(s.paths)} for s in (query, gallery)}
+def everyone():
+    """SYSU-MM01's 3,803 queries and 301 gallery images, of 96 ids, with random features."""
+    rng = np.random.default_rng(0)
+    query, gallery = (
+        Samples([f"{modality}{k}" for k in range(n)], np.sort(rng.integers(96, size=n)),
+                rng.choice(cameras, n), modality)
+        for modality, n, cameras in (("infrared", 3803, (3, 6)), ("visible", 301, (1, 2, 4, 5)))
+    )  # fmt: skip
+    evaluation = Evaluation({(Protocol("sysu", "all"), 0): (query, gallery)}, "a note")
+    images = evaluation.images()
+    tensors = {m: F.normalize(torch.randn(len(samples), 32)) for m, samples in images.items()}
+    args = argparse.Namespace(dataset="sysu", img_h=384, img_w=128, rerank=[])
+    file = FeatureFile("large", Features.of_images(images, tensors), [0], "random")
+    method = Method("large", args, [[file]], evaluation)
+    method.evaluate(torch.device("cpu"))
+    return method
 
 
 @pytest.fixture(scope="module")
@@ -436,11 +441,7 @@ def large(tmp_path_factory):
             noise = rng.integers(-12, 13, (min(64, len(paths) - start), height, width, 3), dtype=np.int16)
             yield (smooth[np.arange(len(noise)) % 16] + noise).clip(0, 255).astype(np.uint8)
 
-    evaluation = Everyone()
-    features = {m: F.normalize(torch.randn(len(rows), 32)) for m, rows in evaluation.rows.items()}
-    metrics = Metrics(np.ones(20), 1.0, 1.0)
-    results = {(Protocol("sysu", "all"), None): [metrics]}
-    evaluated = Evaluated("large", None, {}, {}, None, evaluation, None, features, 0, True, results)
+    evaluated = Evaluated("large", everyone(), None)
     patch.setattr(results_report, "decode", thumbnails)
     patch.setattr(results_report, "write_figures", lambda *_: {})
     patch.setattr(Evaluated, "similarities", lambda self: {})

@@ -40,7 +40,9 @@ def test_distances_are_rounded_to_half_precision_once():
 def test_k_reciprocal_agrees_with_the_loop(k1, k2, lambda_value):
     rng = np.random.default_rng(9)
     centers = unit(rng, 12, 16)[rng.integers(0, 12, 150)]
-    features = centers + 0.15 * rng.standard_normal((150, 16))  # identities, and no unit norm
+    features = centers + 0.15 * rng.standard_normal((150, 16))  # identities
+    features[100:] = features[50:100]  # and equal images: the nearest one may be another
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
     features = features.astype(np.float32)  # else float64 rounds to half at once, and ours by way of float32
     arguments = features[:60], features[60:], k1, k2, lambda_value
     np.testing.assert_allclose(
@@ -116,3 +118,11 @@ def test_tensors_give_tensors_and_arrays_arrays(name):
     from_arrays = RERANKING[name](*features)
     assert isinstance(from_arrays, np.ndarray)
     np.testing.assert_allclose(distmat, from_arrays, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RERANKING)
+def test_features_that_are_not_unit_are_refused(name):
+    query, gallery = people(5, 10, 20)
+    with pytest.raises(ValueError, match=r"must be unit, and their norms are 1 to 5"):
+        RERANKING[name](query, gallery * np.linspace(1, 5, 20)[:, None])
+    RERANKING[name](torch.from_numpy(query).half(), torch.from_numpy(gallery).bfloat16())  # rounded is unit

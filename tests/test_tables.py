@@ -1,7 +1,10 @@
 import numpy as np
+import pytest
+from scipy.special import stdtrit
 
 from eval_metrics import Metrics
-from evaluation.tables import results_table
+from evaluation.intervals import Jackknife
+from evaluation.tables import in_words, results_table
 
 ROWS = [
     ("all, single-shot", Metrics(np.linspace(0.125, 1, 20), 0.72009, 0.5)),
@@ -40,3 +43,33 @@ def test_latex():
     assert all(line.endswith(r" \\") and line.count("&") == 6 for line in rows)
     assert rows[2].startswith(r"all\_indoor, 100 \% ")
     assert len(set(map(len, rows))) == 1, "not aligned"
+
+
+def test_further_columns():
+    *_, header, first, second = results_table([], ROWS, more={"p": ["", "0.250"]}).splitlines()
+    assert header.split()[-1] == "p"
+    assert (first.split()[-1], second.split()[-1]) == ("50.00", "0.250")
+    lines = results_table([], ROWS, "latex", {"difference": ["1.0 ± 0.5", ""]}).splitlines()
+    assert lines[0] == r"\begin{tabular}{lrrrrrrr}"
+    assert r"1.0 $\pm$ 0.5 \\" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("persons", "words"),
+    [
+        (96, "rank-1 74.8 ± 2.0, mAP 72.0 ± 4.0 (95 %, 96 persons)"),
+        (30, "rank-1 74.8 ± 2.0, mAP 72.0 ± 4.0 (95 %, 30 persons)"),
+        (29, "rank-1 74.8 ± 2.0, mAP 72.0 ± 4.0 (95 %, 29 persons, few persons)"),
+        (10, "rank-1 74.8 ± 2.0, mAP 72.0 ± 4.0 (95 %, 10 persons, few persons)"),
+        (9, "rank-1 74.8, mAP 72.0 (9 persons: too few for an interval)"),
+    ],
+)
+def test_an_interval_in_words(persons, words):
+    """The deviations are such that the half-widths are 4 and 2 points."""
+    rng = np.random.default_rng(0)
+    deleted = rng.standard_normal((persons, 2))
+    deleted -= deleted.mean(0)
+    deleted *= np.sqrt(persons / (persons - 1) / np.square(deleted).sum(0))  # a standard error of 1
+    deleted *= np.array([0.04, 0.02]) / stdtrit(persons - 1, 0.975)
+    jackknife = Jackknife(tuple(range(persons)), np.array([0.72, 0.748]), deleted, deleted)
+    assert in_words(jackknife) == words

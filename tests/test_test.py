@@ -19,6 +19,7 @@ import images
 import synthetic
 from checkpoints import load_checkpoint, save_checkpoint
 from evaluation import models as testing
+from evaluation.embedding import TestImages
 from tests.oracles import evaluate_loop
 from utils import UserError
 
@@ -322,6 +323,52 @@ def test_regdb_table_of_ten_trials(trials_of_regdb, regdb, evaluate, tmp_path):
     assert len({tuple(line) for line in table.values()}) > 5, "every trial seems to have the same model"
 
 
+def test_splits_of_regdb_share_persons(trials_of_regdb, regdb, evaluate, tmp_path):
+    """Ten splits have more persons than one, but not ten times as many, and no interval is divided by ten."""
+    report = tmp_path / "r.json"
+    flags = "--resume", trials_of_regdb / "run_trial_{trial}_best.t", "--data-path", regdb, "--json", report
+    evaluate(*flags)
+    folders = {path.parent.name for path in (regdb / "Thermal").glob("*/*")}
+    assert len(folders) == 9
+    for result in json.loads(report.read_text())["results"]:
+        assert result["intervals"]["mAP"]["persons"] == 9
+    evaluate(*flags, "--trial", 4)
+    for result in json.loads(report.read_text())["results"]:
+        assert result["intervals"]["mAP"]["persons"] == 5
+
+
+def test_two_trials_have_one_sibling(trials_of_regdb, regdb, evaluate):
+    for t in range(3, 11):
+        (trials_of_regdb / f"run_trial_{t}_best.t").unlink()
+    written = evaluate("--resume", trials_of_regdb / "run_trial_1_best.t", "--data-path", regdb)
+    assert "run_trial_1_best.t and 1 sibling: trained on RegDB" in written.out.splitlines()[1]
+
+
+def test_drawn_galleries_have_their_deviation(sysu_flags, evaluate, tmp_path):
+    written = evaluate(*sysu_flags, "--mode", "all", "indoor", "--json", tmp_path / "r.json")
+    for result in json.loads((tmp_path / "r.json").read_text())["results"]:
+        std = 100 * result["std"]["cmc"][0], 100 * result["std"]["mAP"]
+        words = "variation of the gallery, deviation over 10 trials: rank-1 {:.2f}, mAP {:.2f}".format(*std)
+        assert f"{result['mode']}, single-shot, seeded galleries: {words}" in written.out
+    assert "variation" not in evaluate(*sysu_flags, "--trial", 3).out
+
+
+def test_a_checkpoint_and_features_are_compared(sysu_flags, sysu, evaluate, tmp_path):
+    """In the order of the flags; the features of the same network differ by nothing."""
+    evaluate(*sysu_flags, "--save-features", tmp_path / "f.npz")
+    other = write_tiny(tmp_path / "other.t", 1, args={"dataset": "sysu", "img_h": 32, "img_w": 16})
+    resume, first, *rest = sysu_flags
+    words = "--features", tmp_path / "f.npz", resume, first, other, *rest, "--json", tmp_path / "r.json"
+    written = evaluate(*words)
+    lines = written.out.splitlines()
+    assert [line[:3] for line in lines[1:4]] == ["A: ", "B: ", "C: "]
+    assert str(tmp_path / "f.npz") in lines[1]
+    same, different = json.loads((tmp_path / "r.json").read_text())["results"][1:]
+    assert same["difference"]["mAP"]["value"] == 0
+    assert different["difference"]["mAP"]["value"] != 0
+    assert same["mean"] != different["mean"]
+
+
 def test_trials_in_folders_of_their_own(trials_of_regdb, regdb, evaluate):
     for t in (1, 2):
         (trials_of_regdb / str(t)).mkdir()
@@ -444,9 +491,9 @@ def test_images_are_decoded_again_for_another_pixel_range(tiny, regdb, evaluate,
         settings["pixel_range"] = [0.0, 100.0] if t < 5 else [5.0, 200.0]
         write_tiny(tmp_path / f"run_trial_{t}_best.t", t, args=settings)
     loaded = []
-    original = script.Evaluation.load
+    original = TestImages.load
     monkeypatch.setattr(
-        script.Evaluation, "load", lambda self, *a: loaded.append(self.pixel_range) or original(self, *a)
+        TestImages, "load", lambda self, *a: loaded.append(self.pixel_range) or original(self, *a)
     )
     evaluate("--resume", tmp_path / "run_trial_{trial}_best.t", "--data-path", regdb)
     assert loaded == [[0.0, 100.0], [5.0, 200.0]]
@@ -454,18 +501,19 @@ def test_images_are_decoded_again_for_another_pixel_range(tiny, regdb, evaluate,
 
 def test_what_the_numbers_are_based_on(sysu_flags, evaluate, tmp_path):
     written = evaluate(*sysu_flags, "--mode", "all", "indoor", "--json", tmp_path / "r.json")
-    _, _, all_, indoor, warning, columns, *rows = written.out.splitlines()
+    _, _, all_, indoor, *warnings = written.out.split("\nprotocol ")[0].splitlines()
+    warnings = [line for line in warnings if line.startswith("warning: ")]
+    rows = table_of(written.out)
     report = json.loads((tmp_path / "r.json").read_text())
     assert len(rows) == len(report["results"]) == 2
-    assert columns.startswith("protocol ")
     for line, result in zip((all_, indoor), report["results"], strict=True):
         counts = result["counts"]["0"]
         assert line == (
             f"{result['mode']}, single-shot, seeded galleries: {counts['queries']} queries, "
             f"all with a match, {counts['gallery']} gallery images, {counts['identities']} identities"
         )
-    assert report["warnings"] == [warning.removeprefix("warning: ")]
-    assert "queries (3,803)" in warning
+    assert report["warnings"] == [warning.removeprefix("warning: ") for warning in warnings]
+    assert ["queries (3,803)" in warning for warning in warnings] == [True, True]  # of each protocol
     assert "warning" not in written.err
 
 
@@ -650,7 +698,7 @@ def test_flags_that_do_not_exist_or_fit_are_refused_by_name():
         with pytest.raises(UserError, match=name):
             script.get_args_parser().parse_args(["--resume", "x.t", *words.split()])
     with pytest.raises(UserError, match="--resume"):
-        script.get_args_parser().parse_args([])
+        script.main([])
 
 
 def test_the_command(sysu, tmp_path):

@@ -36,7 +36,7 @@ from engine import launch
 from engine.events import Board
 from engine.files import Run
 from engine.settings import STATE, open_run, parse_args, typed_settings
-from engine.training import Progress, build_evaluation
+from engine.training import Progress, build_test_images
 from eval_metrics import Metrics
 from loss import WEIGHTS
 from train import evaluate_if_due, fit, learning_rate, rebuild_memory, train_one_epoch
@@ -159,7 +159,7 @@ def epochs(sysu, tmp_path_factory):
     run = KeptRun(tmp_path_factory.mktemp("kept"), training)
     progress = Progress()
     run.save(training.state() | progress.state())
-    fit(training, build_evaluation(training), progress, run)
+    fit(training, build_test_images(training), progress, run)
     return training, run.saved
 
 
@@ -196,7 +196,7 @@ def test_each_epoch_begins_with_a_memory_of_the_network_as_it_is(epochs):
 def test_the_best_epoch_has_the_highest_map_and_is_the_first_of_equal_ones(sysu, tmp_path, monkeypatch):
     training = start_training(sysu, "--epochs", 5, "--eval-start", 0, "--eval-every", 1)
     run, maps = KeptRun(tmp_path, training), [0.3, 0.5, 0.5, 0.4, 0.5]
-    evaluation, progress = build_evaluation(training), Progress()
+    evaluation, progress = build_test_images(training), Progress()
     results = [(Metrics(np.full(20, 0.6), mAP, 0.2), {}) for mAP in maps]
     monkeypatch.setattr(train, "evaluate", lambda *_: results[progress.epoch - 1])
     for epoch in range(1, 6):
@@ -422,8 +422,8 @@ def test_check_refuses_what_cannot_be_written(sysu, train_here, tmp_path):
 
 
 def test_select_val_trains_without_the_val_ids_and_evaluates_on_them(sysu, train_here, tmp_path, monkeypatch):
-    built, build = [], launch.build_evaluation
-    monkeypatch.setattr(launch, "build_evaluation", lambda *args: built.append(build(*args)) or built[0])
+    built, build = [], launch.build_test_images
+    monkeypatch.setattr(launch, "build_test_images", lambda *args: built.append(build(*args)) or built[0])
     status, output, _ = train_here(*tiny_flags(sysu), "--epochs", 1, "--select", "val")
     assert status == 0
     val = {int(pid) for pid in (sysu / "exp" / "val_id.txt").read_text().split(",")}

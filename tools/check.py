@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 import data_manager
 from data_manager import CAPTURED, DATASETS, Samples
-from images import UnreadableImages, decode, find_pixel_range
+from images import UnreadableImages, decode
 from readers.lists import Finder, listed, number
 from readers.own import draw_split
+from readers.ranges import find_pixel_range
 from utils import Parser, UserError, at_least, log_to_terminal, run_script, seed_number
 
 Splits = dict[str, dict[str, Samples]]  # split -> modality -> images; RegDB's are "train 1", "test 1", …
@@ -113,12 +114,10 @@ def count_rows(splits: Splits, published: dict) -> list[tuple[str, ...]]:
 
 def unreadable(name: str, splits: Splits, workers: int) -> list[str]:
     """Decode every image as training and evaluation do; a line for each that cannot be used."""
-    trained: dict[str, list[str]] = {}  # trial -> the images that a pixel range is found from
-    for title, split in splits.items():
-        if not title.startswith("test"):
-            trained.setdefault(title.partition(" ")[2], []).extend(p for s in split.values() for p in s.paths)
     problems, ranges = [], {}
-    for trial, paths in trained.items():
+    for trial in {title.partition(" ")[2] for title in splits}:
+        trained = [part for title, part in splits.items() if title in (f"train {trial}".strip(), "val")]
+        paths = {m: [p for part in trained if m in part for p in part[m].paths] for m in CAPTURED}
         try:
             ranges[trial] = find_pixel_range(paths, workers)
         except UserError as error:

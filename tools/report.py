@@ -2,6 +2,7 @@
 
     python -m tools.report --resume save_model/RUN_best.t --output report
     python -m tools.report --resume save_model/A_best.t save_model/B_best.t --output report
+    python -m tools.report --features FILE --dataset sysu --output report
     python -m tools.report --resume save_model/RUN_best.t --output DIR --figures cmc ranking --queries worst
 
 DIR/index.html opens from the disk and needs no network; each figure lies beside it as PNG and PDF.
@@ -21,7 +22,8 @@ import torch
 
 from devices import Processes, select_device
 from engine.files import environment
-from evaluation.models import build_evaluation, embed_models, evaluation_flags, parse_and_find
+from evaluation.flags import evaluation_flags
+from evaluation.methods import find_methods
 from reporting.evaluated import Evaluated, labels
 from reporting.learning import history_file, read_history
 from reporting.report import FIGURES, MISSING, Findings, write_figures, write_page
@@ -31,14 +33,12 @@ from utils import Parser, UserError, log, log_to_terminal, run_script
 def get_args_parser() -> Parser:
     """The command line; what is not given comes from each checkpoint or the dataset."""
     parser = Parser(
-        description="Make a page of what checkpoints do, and figures. Defaults stand in brackets; those of "
-        "--dataset, --img-h, --img-w and --amp are what the checkpoints were trained with.",
+        prog="python -m tools.report",
+        description="Make a page of what checkpoints or features do, and figures; rankings, embedding and "
+        "maps are of the first. Defaults are in parentheses; those of --dataset, --img-h, --img-w and --amp "
+        "are what the checkpoints were trained with.",
         parents=[evaluation_flags()],
     )
-    parser.add_argument(
-        "--resume", required=True, nargs="+", metavar="FILE",
-        help="checkpoints to compare; rankings, embedding and activations are of the first",
-    )  # fmt: skip
     parser.add_argument(
         "--log-path", metavar="DIR", help="the runs' logs and histories (where they were written)"
     )
@@ -55,30 +55,6 @@ def get_args_parser() -> Parser:
     return parser
 
 
-def evaluate_checkpoint(
-    command: Sequence[str], path: str, label: str, device: torch.device, expected: str | None
-) -> Evaluated:
-    """Evaluate a checkpoint, or RegDB's of each trial, as test.py does, and keep what the report shows.
-
-    expected: the dataset that those before it were evaluated on; None for the first.
-    """
-    args, models = parse_and_find(get_args_parser(), command, path, expected)
-    evaluation = build_evaluation(args, models)
-    results, kept = {}, None
-    for model, trial, network, features in embed_models(args, models, evaluation, device):
-        if kept is None:  # of several, the first is shown
-            facts = {"path": model.path, "checkpoint": model.facts(), "saved": model.settings}
-            kept = facts | {"model": network, "features": features, "trial": model.trials[0]}
-        for rerank in dict.fromkeys((None, *args.rerank)):
-            for protocol, metrics in evaluation.score(features, rerank, trial).items():
-                results.setdefault((protocol, rerank), []).extend(metrics)
-    found = history_file(kept["path"], kept["saved"], args.log_path)
-    return Evaluated(
-        **kept, label=label, history=read_history(found) if found else None, evaluation=evaluation,
-        shared=len(models) == 1, results=results,
-    )  # fmt: skip
-
-
 def main(command: Sequence[str]) -> None:
     """Evaluate, then write the page, or the figures that were asked for."""
     args = get_args_parser().parse_args(command)
@@ -89,12 +65,15 @@ def main(command: Sequence[str]) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         reason = "cannot be written" if nearest.is_dir() else "is a file, and not a folder"
         raise UserError(f"--output {folder}: {nearest} {reason}")
-    names, device = labels(list(map(Path, args.resume))), select_device(args.gpu)
+    methods = find_methods(get_args_parser, command)
+    names, device = labels([Path(method.name) for method in methods]), select_device(args.gpu)
     try:
         everyone: list[Evaluated] = []
-        for path, name in zip(args.resume, names, strict=True):
-            expected = everyone[0].dataset if everyone else None
-            everyone.append(evaluate_checkpoint(command, path, name, device, expected))
+        for method, name in zip(methods, names, strict=True):
+            method.evaluate(device)
+            file = method.facts[0]
+            found = "args" in file and history_file(Path(file["path"]), file["args"], args.log_path)
+            everyone.append(Evaluated(name, method, read_history(found) if found else None))
         findings = Findings(everyone, args.queries)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
