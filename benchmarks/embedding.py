@@ -22,7 +22,8 @@ from tqdm import tqdm
 from augmentation import normalize
 from benchmarks.preprocessing import draw_jpegs
 from benchmarks.timing import compare, wait_for
-from evaluation.runtimes import RUNTIMES, for_evaluation
+from evaluation.flags import RUNTIMES
+from evaluation.runtimes import for_evaluation
 from model import NonLocal, TwoStreamResNet, extract_features
 from precision import autocast_dtype
 from retrieval.embeddings import Embedder, Found, embed_files

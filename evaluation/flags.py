@@ -16,7 +16,7 @@ def evaluation_flags() -> Parser:
     add = parser.add_argument_group("methods: the first is compared with the others").add_argument
     add(
         "--resume", nargs="+", default=[], metavar="FILE",
-        help="checkpoints, this project's or the released code's; RegDB: of one trial, or with {trial} in "
+        help="checkpoints, ours, the released code's or AGW's; RegDB: of one trial, or with {trial} in "
         "the name; with {seed} in the name: all seeds of a method",
     )  # fmt: skip
     add(

@@ -125,7 +125,7 @@ def for_evaluation(
     Args:
         network: as model.build_model gives it.
         device: the CPU for other runtimes.
-        runtime: in RUNTIMES.
+        runtime: in flags.RUNTIMES.
         size: height, width of the images; other runtimes need them.
         amp: `--amp`; of the other runtimes OpenVINO computes in bfloat16 where that is typed, else float32.
 

@@ -32,7 +32,8 @@ class Embedder(nn.Module):
     """Image files or PIL images to features; `.to("cuda")` moves it as it does any network.
 
     network: in evaluation mode. height, width, pixel_range: how its training images were read
-    (images.read_image). fingerprint: of its weights.
+    (images.read_image). fingerprint: of its weights. amp: as `--amp`; a call compares reduced precision with
+    float32, once on each device (precision.settle).
     """
 
     def __init__(
@@ -42,16 +43,18 @@ class Embedder(nn.Module):
         width: int,
         pixel_range: PixelRange | None = None,
         fingerprint: str = "",
+        amp: str = "auto",
     ):
         super().__init__()
         self.network, self.height, self.width = network, height, width
-        self.pixel_range, self.fingerprint = pixel_range, fingerprint
+        self.pixel_range, self.fingerprint, self.amp = pixel_range, fingerprint, amp
+        self.settled: dict[torch.device, torch.dtype | None] = {}  # the precision on each
 
     def forward(self, images: Sequence[str | os.PathLike | Image.Image], modality: str) -> torch.Tensor:
         """Unit features (N, D) float32, on the network's device, of N image files or PIL images.
 
-        modality: "visible" or "infrared", that of all the images. The features are those of test.py
-        --amp off. UnreadableImages names the first file that cannot be read.
+        modality: "visible" or "infrared", that of all the images. The features are those of test.py.
+        UnreadableImages names the first file that cannot be read.
         """
         if modality not in ("visible", "infrared"):
             raise ValueError(f"modality is visible or infrared, not {modality!r}")
@@ -64,7 +67,11 @@ class Embedder(nn.Module):
                 pixels = np.stack([self.pixels(image) for image in images[start : start + BATCH]])
                 yield normalize(torch.from_numpy(pixels).to(device))
 
-        return extract_features(self.network, batches(), modality)
+        if device not in self.settled:
+            alone = Processes()  # whatever processes the caller has: each embeds images of its own
+            alone.rank, alone.world_size = 0, 1
+            self.settled[device] = settle(self.amp, self.network, lambda: {modality: next(batches())}, alone)
+        return extract_features(self.network, batches(), modality, self.settled[device])
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +96,8 @@ def open_embedder(
     saved = saved_settings(checkpoint, path)
     size = image_size(checkpoint, path, height, width, saved.get("dataset", "sysu"))
     network = folded(build_model(checkpoint, path))
-    return Embedder(network, *size, saved.get("pixel_range"), fingerprint(checkpoint)), saved
+    pixel_range, amp = saved.get("pixel_range"), saved.get("amp", "auto")
+    return Embedder(network, *size, pixel_range, fingerprint(checkpoint), amp), saved
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import torch
 from conftest import ENVIRONMENT, draw_images, random_checkpoint
 from PIL import Image
 
+import precision
 from checkpoints import fingerprint, load_checkpoint, save_checkpoint
 from images import read_image
 from retrieval.embeddings import embed_files, find_images, open_embedder, readable_batches
@@ -341,6 +342,26 @@ def test_the_embedder_takes_files_and_open_images(checkpoint, tmp_path):
     for images, modality in (([], "visible"), (paths[0], "visible"), (paths, "thermal")):
         with pytest.raises(ValueError, match=r"images is a list|modality is visible"):
             embedder(images, modality)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_embedder_uses_reduced_precision_where_it_is_native_and_right(right, tmp_path, monkeypatch):
+    paths = draw_images(tmp_path, 3)
+    path = random_checkpoint(tmp_path / "a.t", amp="auto")
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: False)
+    exact = open_embedder(path)[0](paths, "infrared")
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
+    if not right:
+        wrong = precision.Disagreement("layer3.0.conv2", "output", 0.5, 0.01)
+        monkeypatch.setattr(precision, "check", lambda *_: wrong)
+    embedder, _ = open_embedder(path)
+    found = embedder(paths, "infrared")
+    assert torch.equal(found, exact) != right  # float32's, to the bit, where bfloat16 is wrong
+    assert (found * exact).sum(1).min() > 0.99
+    calls = []
+    monkeypatch.setattr(precision, "check", lambda *_: calls.append(1))
+    embedder(paths, "visible")
+    assert not calls  # compared once
 
 
 def test_deep_images_are_read_in_the_checkpoint_s_range(tmp_path):

@@ -230,7 +230,7 @@ def trained(tmp_path, words=""):
     """The path of a checkpoint that a run with these settings leaves."""
     args, run, checkpoint = open_run(typed_settings(arguments(tmp_path, words)))
     assert checkpoint is None
-    state = dict.fromkeys(STATE) | {"epoch": 2, "optimizer": {}}
+    state = dict.fromkeys(STATE) | {"epoch": 2, "world_size": 1, "optimizer": {}}
     save_checkpoint(state | {"net": NET, "args": vars(args)}, run.last)
     return run.last
 

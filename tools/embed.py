@@ -27,7 +27,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from devices import Processes, select_device
-from evaluation.runtimes import RUNTIMES, for_evaluation
+from evaluation.flags import RUNTIMES
+from evaluation.runtimes import for_evaluation
 from retrieval.embeddings import Found, embed_files, find_images, open_embedder, settle_precision
 from retrieval.shards import (
     COLUMNS,

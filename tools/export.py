@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from augmentation import normalize
-from evaluation.runtimes import RUNTIMES, Graph, open_graph, to_onnx
+from evaluation.flags import RUNTIMES
+from evaluation.runtimes import Graph, open_graph, to_onnx
 from model import extract_features
 from retrieval.embeddings import find_images, open_embedder
 from utils import Parser, UserError, at_least, log, log_to_terminal, run_script, whole_file
