@@ -220,20 +220,28 @@ def test_no_product_of_codes_is_further_off_than_its_bound(kind, number):
     assert error.max() > 0.2 * bound.max()
 
 
-def test_whole_numbers_are_multiplied_exactly_whatever_the_processor(tmp_path):
-    """Where 16 bits would overflow queries have fewer levels; without such products there are no codes."""
-    words = "from retrieval.codes import int8_levels, few_products; print(int8_levels(), few_products())"
-    for isa in ("SSE41", "AVX2", "DEFAULT"):
-        environment = os.environ | ENVIRONMENT | {"ONEDNN_MAX_CPU_ISA": isa, "PYTHONPATH": str(REPOSITORY)}
-        done = subprocess.run(
-            [sys.executable, "-c", words],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=True,
-        )
-        assert done.stdout.split()[0] in ("0", "63", "127")
+def saturating(rows, packed):
+    """As processors without VNNI multiply: two products are added in 16 bits. packed: queries, not packed."""
+    pairs = ((rows.int() + 128)[:, None] * packed.int()).view(len(rows), len(packed), -1, 2).sum(3)
+    return pairs.clamp(-(2**15), 2**15 - 1).sum(2).float() - 128 * packed.sum(1)
+
+
+@pytest.mark.parametrize(
+    ("multiply", "levels"),
+    [
+        (lambda rows, packed: rows.float() @ packed.float().T, 127),
+        (saturating, 63),
+        (lambda rows, packed: rows.float() @ packed.float().T + 1, 0),
+        (lambda rows, packed: torch.ops.onednn.no_such_product(rows, packed), 0),
+    ],
+)
+def test_a_processor_s_product_is_tried_before_it_is_used(monkeypatch, multiply, levels):
+    monkeypatch.setattr(codes, "_multiply", multiply)
+    monkeypatch.setattr(codes, "_pack", lambda queries: queries)
+    assert codes.int8_levels.__wrapped__() == levels
+    if not levels:
+        monkeypatch.setattr(codes, "int8_levels", codes.int8_levels.__wrapped__)
+        assert codes.coded_queries(np.ones((codes.FEW + 1, 256), np.float32)) is None
 
 
 def test_codes_of_other_rows_are_refused(tmp_path, by_codes):
