@@ -298,8 +298,8 @@ a resume forgets the classifier
 == data_loader.py, test_variants.py
 
 without aux images the others' draws differ
-- for modality in MODALITIES:
-+ for modality in self.modalities:
+- for modality in MODALITIES
++ for modality in self.modalities
 
 == memory.py, test_trajectory.py
 
