@@ -145,8 +145,8 @@ the aux table is of visible images
 + channels = None
 
 aux images are augmented as visible ones
-- whole = draw_augmentation(rng, self.batches.whole, *size, modality, self.recipe, self.pad)
-+ whole = draw_augmentation(rng, self.batches.whole, *size, "visible", self.recipe, self.pad)
+- modality: draw_augmentation(rng, whole, *size, modality, self.recipe, self.pad).rows(mine)
++ modality: draw_augmentation(rng, whole, *size, "visible", self.recipe, self.pad).rows(mine)
 
 == loss.py, test_train.py
 
@@ -230,8 +230,8 @@ a triplet is of one process's images
 == data_loader.py, test_processes.py
 
 a process draws its augmentation for its own images
-- images[modality] = augment(pixels[modality], whole.rows(self.batches.mine))
-+ images[modality] = augment(pixels[modality], whole.rows(slice(0, len(labels))))
+- modality: draw_augmentation(rng, whole, *size, modality, self.recipe, self.pad).rows(mine)
++ modality: draw_augmentation(rng, len(labels), *size, modality, self.recipe, self.pad)
 
 == train.py, test_fake_cuda.py
 
@@ -298,8 +298,8 @@ a resume forgets the classifier
 == data_loader.py, test_variants.py
 
 without aux images the others' draws differ
-- for modality in MODALITIES:
-+ for modality in self.modalities:
+- for modality in MODALITIES
++ for modality in self.modalities
 
 == memory.py, test_trajectory.py
 
