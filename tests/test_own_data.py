@@ -193,7 +193,7 @@ def test_copies_in_training_and_test_are_refused(tmp_path):
         "1 test images are also training images, byte for byte: infrared/dan/later.jpg is visible/ann/b.jpg"
     )
     refused(lambda: refuse_shared("folder", root), words)
-    refused(lambda: Evaluation(root, [Protocol("folder", V2I)], [0], 8, 8), words)
+    refused(lambda: Evaluation.draw(root, [Protocol("folder", V2I)], [0]), words)
     assert any(words in line for line in check("folder", root)[0] if line.startswith("problem: "))
 
 
