@@ -124,9 +124,8 @@ def main(args: object) -> None:
         found = results[name]
         values = np.array([found["cmc"][0], found["cmc"][9], found["mAP"], found["mINP"]]) * 100
         print(f"{name:10}" + "{:8.2f}{:9.2f}{:8.2f}{:8.2f}".format(*values))
-    print(
-        f"\n{verdict(results)}\ncheckpoints: {untrained}, {trained}; curves: tensorboard --logdir {trained / 'log'}"
-    )
+    print(f"\n{verdict(results)}")
+    print(f"checkpoints: {untrained}, {trained}; curves: tensorboard --logdir {trained / 'log'}")
     print(f"report: open {out / 'report' / 'index.html'} in a browser")
 
 

@@ -1,5 +1,6 @@
 """engine/: names that tell runs apart, one writer at a time, logs and checkpoints that fit together."""
 
+import json
 import logging
 import re
 import subprocess
@@ -219,6 +220,38 @@ def test_the_log_is_appended_to(run, caplog):
     assert [line.split(" ", 2)[2] for line in lines] == ["epoch 1", "epoch 2"]
 
 
+def record_of(epoch, evaluated=False):
+    record = {"epoch": epoch, "epochs": 9, "rate": 1e-3, "loss": {"total": 2.5, "shared": 1.5}, "steps": 8}
+    record["seconds"] = {"memory": 1.0, "steps": 4.0, "waiting": 1.0, "left": 3725.4}
+    record["images_per_second"] = 48.0
+    metrics = {"rank-1": 0.5, "mAP": 0.25}
+    evaluation = {"protocol": "SYSU-MM01, all", "metrics": metrics, "best": epoch == 2}
+    return record | ({"evaluation": evaluation} if evaluated else {})
+
+
+def said(run):
+    return [line.split(" ", 2)[2] for line in run.log.read_text().splitlines()]
+
+
+def test_the_history_is_logged_as_far_as_the_log_does_not_have_it(run, caplog):
+    """Killed after a checkpoint, at whatever place in its log's writing, and continued: every line once."""
+    caplog.set_level(logging.INFO, log.name)
+    for history in ([record_of(1)], [record_of(1), record_of(2)], [record_of(1), record_of(2, True)]):
+        for _ in range(2):  # the second time, the log has it
+            run.open_log({"command": "train"})
+            run.publish(history)
+            run.release()
+            lines = [line for line in said(run) if line != "command: train"]
+            assert len(set(lines)) == len(lines)
+        assert [json.loads(line) for line in run.history.read_text().splitlines()] == history
+    epoch = "epoch {}/9: loss 2.500 (shared 1.500), rate 1.00e-03; memory 1.0 s, steps 4.0 s, 48 images/s, "
+    epoch += "waiting for input 25.0 %; 1:02:05 left"
+    evaluated = "  SYSU-MM01, all, after epoch 2: rank-1 50.00  mAP 25.00  (best so far)"
+    assert lines == [epoch.format(1), epoch.format(2), evaluated]
+    run.publish([])  # of a run of an earlier version
+    assert len(run.history.read_text().splitlines()) == 2
+
+
 # --- resuming
 
 
@@ -263,7 +296,7 @@ def test_resuming_a_file_takes_its_settings_and_stays_in_its_folder(tmp_path):
 def test_every_setting_of_a_run_is_read_again():
     settings = OTHER | {"dataset": "regdb", "trial": "3"}
     known = settings | {"command": ["--lr", "7"], "of_another_version": [1]}  # neither is a flag
-    assert settings_to_resume({"args": known}, "run_last.t") == settings
+    assert settings_to_resume({"net": {}, "args": known}, "run_last.t") == settings
 
 
 def test_only_what_was_typed_is_typed(tmp_path):
