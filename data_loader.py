@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from augmentation import PAD, augment, draw_augmentation, normalize, pinned
+from augmentation import PAD, Draws, augment, draw_augmentation, normalize, pinned
 from images import PixelRange, decode
 from utils import MODALITIES, UserError
 
@@ -178,21 +178,14 @@ class TrainLoader:
         The aux images are the same visible images, augmented separately. The result depends on seed and
         epoch only: it is the same with every cache and, up to rounding, on every device.
         """
-        rng = generator(self.seed, epoch, "augmentation")
-        size = self.height, self.width
         self.wait_seconds = 0.0
         start = time.perf_counter()
         with contextlib.closing(read_ahead(self._steps(epoch), self.device)) as steps:
-            for labels, visible, infrared in steps:
+            for labels, visible, infrared, draws in steps:
                 self.wait_seconds += time.perf_counter() - start
                 visible, infrared = self._place("visible", visible), self._place("infrared", infrared)
                 pixels = {"visible": visible, "infrared": infrared, "aux": visible}
-                images = {}
-                for modality in MODALITIES:
-                    # Draw for aux even if it is not used, so that --no-aux changes no other modality.
-                    whole = draw_augmentation(rng, self.batches.whole, *size, modality, self.recipe, self.pad)
-                    if modality in self.modalities:
-                        images[modality] = augment(pixels[modality], whole.rows(self.batches.mine))
+                images = {modality: augment(pixels[modality], draws[modality]) for modality in draws}
                 yield images, labels.to(self.device, non_blocking=True)
                 start = time.perf_counter()
 
@@ -226,11 +219,24 @@ class TrainLoader:
                 images = normalize(self._place(stored, pixels), channel)
                 yield images, batch_labels.to(self.device, non_blocking=True)
 
-    def _steps(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Yield (labels, visible, infrared) for every step; the last two as _read returns them."""
+    def _steps(
+        self, epoch: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Draws]]]:
+        """Yield (labels, visible, infrared, {modality: draws}) for every step; pixels as _read has them."""
+        rng = generator(self.seed, epoch, "augmentation")
+        whole, mine, size = self.batches.whole, self.batches.mine, (self.height, self.width)
         for labels, visible, infrared in self.batches.epoch(epoch):
+            # Draw for aux even if it is not used, so that --no-aux changes no other modality.
+            draws = {
+                modality: draw_augmentation(rng, whole, *size, modality, self.recipe, self.pad).rows(mine)
+                for modality in MODALITIES
+            }
             pixels = self._read("visible", visible), self._read("infrared", infrared)
-            yield pinned(labels, self.device), *pixels
+            yield (
+                pinned(labels, self.device),
+                *pixels,
+                {m: draws[m] for m in MODALITIES if m in self.modalities},
+            )
 
     def _read(self, modality: str, rows: np.ndarray) -> torch.Tensor:
         """The pixels of rows (n,) on the host; or the rows themselves if the device holds the pixels."""

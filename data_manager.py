@@ -132,15 +132,7 @@ def read_split(
 ) -> dict[str, Samples]:
     """Every image of a split, {modality: Samples}, without modalities that have no images.
 
-    Args:
-        name: a key of DATASETS.
-        root: the dataset's folder.
-        split: one of the dataset's splits.
-        trial: RegDB's split, 1..10.
-        problems: a list that collects problems, instead of raising UserError.
-
-    Raises:
-        UserError: see train_samples and query_samples.
+    problems: a list that collects problems, instead of raising UserError. Else as train_samples.
     """
     dataset = DATASETS[name]
     return dataset.read(root, _choose("split", split, dataset.splits), trial, problems)

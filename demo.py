@@ -43,9 +43,11 @@ def get_args_parser() -> Parser:
         description="Draw, preprocess, train and test on synthetic data, and make a report.",
         parents=[device_flags()],
     )
-    parser.add_argument("--output", default="demo", metavar="DIR", help="folder of all results (demo)")
     parser.add_argument(
-        "--seed", type=seed_number, default=0, metavar="N", help="seed of drawing and training (0)"
+        "--output", default="demo", metavar="DIR", help="folder of all results (default: demo)"
+    )
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, metavar="N", help="seed of drawing and training (default: 0)"
     )
     return parser
 
@@ -71,6 +73,17 @@ def chance(root: Path, protocol: Protocol, seed: int) -> dict[str, float]:
     scores = score(evaluation, features, intervals=False)[protocol]
     mean, _ = summarize([one.metrics for one in scores])
     return {"cmc": mean.cmc, "mAP": mean.mAP, "mINP": mean.mINP}
+
+
+def verdict(results: dict[str, dict]) -> str:
+    """Whether training was worth it: what holds on every machine, where numbers differ.
+
+    results: {"chance", "untrained", "trained": metrics}.
+    """
+    found = [results[name]["mAP"] for name in ("chance", "untrained", "trained")]
+    if found[2] > max(found[:2]):
+        return "The trained network ranks better than chance and the untrained network."
+    return "The trained network ranks no better than chance or the untrained network: something is wrong."
 
 
 def main(args: object) -> None:
@@ -111,7 +124,9 @@ def main(args: object) -> None:
         found = results[name]
         values = np.array([found["cmc"][0], found["cmc"][9], found["mAP"], found["mINP"]]) * 100
         print(f"{name:10}" + "{:8.2f}{:9.2f}{:8.2f}{:8.2f}".format(*values))
-    print(f"\ncheckpoints: {untrained}, {trained}; curves: tensorboard --logdir {trained / 'log'}")
+    print(
+        f"\n{verdict(results)}\ncheckpoints: {untrained}, {trained}; curves: tensorboard --logdir {trained / 'log'}"
+    )
     print(f"report: open {out / 'report' / 'index.html'} in a browser")
 
 

@@ -45,10 +45,19 @@ class Processes:
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
 
-    def refuse_several(self) -> None:
-        """UserError where torchrun started several processes for a command that is one."""
-        if self.world_size > 1:
-            raise UserError(f"this command is one process, not {self.world_size}: start it without torchrun")
+    def refuse_one_gpu(self, gpu: int | None) -> None:
+        """UserError where --gpu names one GPU for several processes."""
+        if self.world_size > 1 and gpu is not None and gpu >= 0:
+            raise UserError(
+                f"--gpu {gpu}: leave it out with torchrun: each process takes the GPU of its local rank"
+            )
+
+    def join(self, gpu: int | None) -> torch.device:
+        """Join the others; return this one's device. UserError: see refuse_one_gpu, select_device."""
+        self.refuse_one_gpu(gpu)
+        device = select_device(gpu)
+        self.start(device)
+        return device
 
     def start(self, device: torch.device) -> None:
         """Join the other processes, over NCCL on GPUs and gloo on the CPU; a second call does nothing."""

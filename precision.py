@@ -3,7 +3,7 @@
 No flag of a CPU or GPU is believed. Before it is used, one batch passes through the network in float32; each
 convolution and each product of the non-local blocks is repeated in the reduced precision, on what float32
 gave it, and compared. Whole networks cannot be compared: rounding errors grow from layer to layer, so that
-an untrained network's bfloat16 gradient points elsewhere with nothing wrong. docs/method.md, section 11.
+an untrained network's bfloat16 gradient points elsewhere with nothing wrong. docs/performance.md, Precision.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from utils import UserError, log
 
 aten = torch.ops.aten
 
-BOUND = 2.0  # largest error, in units of the precision's epsilon; docs/method.md says how it was chosen
+BOUND = 2.0  # largest error, in units of the precision's epsilon; docs/performance.md: why
 LARGE = 12  # exponent: float16 ends just below 2^16
 REPEATS = 3  # of every product: some faults come only now and then
 

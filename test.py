@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import data_manager
-from devices import Processes, select_device
+from devices import Processes
 from evaluation.exports import save_features, save_json, save_mat
 from evaluation.flags import RUNTIMES, evaluation_flags
 from evaluation.methods import Method, find_methods
@@ -71,19 +71,22 @@ def refuse_wrong_outputs(args: argparse.Namespace, methods: Sequence[Method]) ->
 
 def main(words: Sequence[str]) -> None:
     """Evaluate, print the table and write the requested files."""
-    log_to_terminal(stream=sys.stderr)
-    Processes().refuse_several()
+    processes = Processes()
+    log_to_terminal(quiet=processes.rank > 0, stream=sys.stderr)
     args = get_args_parser().parse_args(words)
     if args.flip and args.features:
         raise UserError("--flip: files of features hold no mirror images")
     methods = find_methods(get_args_parser, words, more=bool(args.save_mat))
     refuse_wrong_outputs(args, methods)
-    device = select_device(args.gpu)
+    device = processes.join(args.gpu)
     try:
         for method in methods:
             method.evaluate(device, args.flip, args.runtime)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
+    processes.stop()
+    if processes.rank > 0:  # it has embedded its share
+        return
     first = methods[0]
     print(table(heading(methods), methods, args.format))
     if args.json:

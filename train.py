@@ -62,9 +62,8 @@ def fit(training: Training, test_images: TestImages, progress: Progress, run: Ru
     if progress.epoch == 0:
         with contextlib.closing(loader.epoch(0)) as batches:  # for TensorBoard: augmented images
             board.add_batch(next(batches)[0])
-    evaluate_if_due(
-        training, test_images, progress, run, board
-    )  # --epochs 0, or stopped during an evaluation
+    # With --epochs 0, or after a stop during an evaluation, one is due now.
+    evaluate_if_due(training, test_images, progress, run, board)
     for epoch in range(progress.epoch, args.epochs):
         rate = learning_rate(epoch, args.lr, args.warmup_epochs, args.decay_epochs)
         for group in training.optimizer.param_groups:

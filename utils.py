@@ -195,10 +195,14 @@ def data_flags() -> Parser:
     """Flags of every script that reads a dataset's images."""
     parser = Parser(add_help=False)
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", metavar="DIR", help="the dataset's folder (data/<dataset>)")
+    group.add_argument("--data-path", metavar="DIR", help="the dataset's folder (default: data/<dataset>)")
     sizes = "384 SYSU-MM01 and LLCM, 288 RegDB", "128 SYSU-MM01, 144 RegDB and LLCM"
-    group.add_argument("--img-h", type=at_least(8), metavar="PIXELS", help=f"image height ({sizes[0]})")
-    group.add_argument("--img-w", type=at_least(8), metavar="PIXELS", help=f"image width ({sizes[1]})")
+    group.add_argument(
+        "--img-h", type=at_least(8), metavar="PIXELS", help=f"image height (default: {sizes[0]})"
+    )
+    group.add_argument(
+        "--img-w", type=at_least(8), metavar="PIXELS", help=f"image width (default: {sizes[1]})"
+    )
     return parser
 
 
@@ -206,18 +210,18 @@ def device_flags() -> Parser:
     """Flags of every script that runs the network."""
     parser = Parser(add_help=False)
     group = parser.add_argument_group("machine")
-    group.add_argument("--gpu", type=at_least(-1), metavar="INDEX", help="GPU; -1: the CPU (0)")
+    group.add_argument("--gpu", type=at_least(-1), metavar="INDEX", help="GPU; -1: the CPU (default: 0)")
     workers = min(8, os.cpu_count() or 1)
     group.add_argument(
         "--workers", type=at_least(0), default=workers, metavar="N",
-        help=f"threads that decode images, at least one ({workers})",
+        help=f"threads that decode images, at least one (default: {workers})",
     )  # fmt: skip
     group.add_argument(
         "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="precision of the network; auto: the fastest native one; off: float32 (auto)",
+        help="precision of the network; auto: the fastest native one; off: float32 (default: auto)",
     )  # fmt: skip
     group.add_argument(
         "--test-batch", "--test-batch-size", type=at_least(1),
-        default=64, metavar="IMAGES", help="batch size of evaluation and memory building (64)",
+        default=64, metavar="IMAGES", help="batch size of evaluation and memory building (default: 64)",
     )  # fmt: skip
     return parser

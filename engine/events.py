@@ -34,7 +34,8 @@ class Board:
     """A run's TensorBoard events; where TensorBoard is missing, one warning, and nothing is written.
 
     folder: of the events, None to write none (all processes but the first); epoch: how many are trained, so
-    that what a continued run repeats replaces what was there.
+    that what a continued run repeats replaces what was there. (TensorBoard takes the first session start of a
+    run, which purge_step writes, for its beginning: so a new run has one too.)
     """
 
     def __init__(self, folder: str | os.PathLike | None, epoch: int):

@@ -33,10 +33,7 @@ def launch(command: list[str], fit: Fit, check: Check) -> int | None:
     """
     typed, run, processes = typed_settings(command), None, Processes()
     log_to_terminal(quiet=processes.rank > 0, clock=True)
-    if processes.world_size > 1 and typed.get("gpu", -1) >= 0:
-        raise UserError(
-            f"--gpu {typed['gpu']}: leave it out with torchrun: each process takes the GPU of its local rank"
-        )
+    processes.refuse_one_gpu(typed.get("gpu"))
     every_trial, results, told = typed.get("trial") == "all", [], {}
     try:
         for settings in trials_of(typed, processes) if every_trial else [typed]:

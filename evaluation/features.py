@@ -89,8 +89,9 @@ def _match(
     paths, array, pids = content["images"]
     if len(paths) != len(array):
         raise UserError(f"{args.images or name}: {len(paths):,} paths for features {array.shape}")
+    below = os.path.join(root, "")
     known = {
-        os.path.relpath(path, root).replace(os.sep, "/"): (path, pid, modality)
+        path.removeprefix(below).replace(os.sep, "/"): (path, pid, modality)
         for modality, samples in images.items()
         for path, pid in zip(samples.paths, samples.pids.tolist(), strict=True)
     }

@@ -9,6 +9,7 @@ import numpy as np
 import data_manager
 from data_manager import CAPTURED, DATASETS, Samples
 from eval_metrics import matched
+from readers.lists import list_folders_once
 from utils import UserError
 
 OWN_GALLERY = "the file's"  # galleries of a file of features that holds its query and gallery
@@ -69,6 +70,7 @@ class Evaluation:
     more: list[Samples] = field(default_factory=list)  # further images to embed
 
     @classmethod
+    @list_folders_once()
     def draw(
         cls,
         root: str | os.PathLike,

@@ -3,7 +3,7 @@
 #
 # Found with Pillow 13.0.0, torchvision 0.29.1 (torch 2.14.1), NumPy 2.4.6, tifffile 2026.3.3, Python 3.11:
 #  - Pillow swaps the bytes of a big-endian TIFF of int16, int32 or float32 if it is compressed (Deflate here): kelvin
-#    become NaN and 1e+38. Uncompressed, or unsigned, or little-endian, it is right; tifffile is right always.
+#    become numbers like 1e+38, or NaN. Uncompressed, or unsigned, or little-endian, it is right; tifffile is right always.
 #  - Pillow's smooth resizing of mode I;16B, which a big-endian uint16 TIFF opens in, gives noise over the
 #    whole range: 29,000 to 31,500 becomes 145 to 64,654.
 #  - torchvision's to_tensor (v1) makes int16 of a 16-bit image: counts from 32,768 (in centi-kelvin 54.5 degrees
@@ -13,9 +13,9 @@
 # Output seen:
 #   int16, big-endian, Deflate: stored 29000 to 31500, Pillow reads -32650 to 32378
 #   int32, big-endian, Deflate: stored 29000 to 31500, Pillow reads -2139750400 to 2121924608
-#   float32, big-endian, Deflate: stored 290 to 315, Pillow reads nan to nan
+#   float32, big-endian, Deflate: stored 290 to 315, Pillow reads -1.479499861e+38 to 2.334314488e+38
 #   uint16, big-endian, resized with Lanczos: stored 29000 to 31500, Pillow gives 145 to 64654
-#   to_tensor of 32767 32768 40000 65535: torch.int16 32767 -32768 -25536 -1
+#   to_tensor of 32767 32768 40000 65535 gives torch.int16 32767 -32768 -25536 -1
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,11 +1,12 @@
 """The files of a dataset: find images in folders, read lists of ids and images; values in messages."""
 
+import contextlib
 import functools
 import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -82,6 +83,22 @@ class Folder(NamedTuple):
             refuse(f"{path}: named like an image, but a folder or a dangling link", problems)
 
 
+_listed: dict[str, Folder] = {}  # filled and emptied by list_folders_once
+_keep_listed = False
+
+
+@contextlib.contextmanager
+def list_folders_once() -> Iterator[None]:
+    """Within this block a folder is listed once: for reading a dataset several times, trial by trial."""
+    global _keep_listed
+    _keep_listed = True
+    try:
+        yield
+    finally:
+        _keep_listed = False
+        _listed.clear()
+
+
 class Finder:
     """Finds the image files below root, and remembers what it passes over: {kind: paths}."""
 
@@ -91,6 +108,8 @@ class Finder:
 
     def scan(self, path: str) -> Folder:
         """What a folder holds; nothing if it does not exist. Refuses a folder that cannot be listed."""
+        if path in _listed:
+            return _listed[path]
         found = Folder(path, [], [], [], [])
         entries: list[os.DirEntry] = []
         try:
@@ -117,6 +136,8 @@ class Finder:
             else:
                 found.others.append(entry.path)
                 self.passed[f"files {os.path.splitext(name)[1] or 'without a suffix'}"].append(entry.path)
+        if _keep_listed:
+            _listed[path] = found
         return found
 
     def images(self, path: str) -> list[str]:

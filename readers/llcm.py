@@ -16,20 +16,14 @@ from readers.samples import (
     CAPTURED,
     Dataset,
     Samples,
-    camera_cells,
     cells_samples,
     draw_cells,
     list_samples,
-    other_cameras,
     refuse_both,
     refuse_unpaired,
-)
+)  # fmt: skip
 
 WORDS = {"visible": "vis", "infrared": "nir"}  # modality -> its name in files
-CAMERAS = {
-    modality: {camid: f"test_{word}/cam{camid}" for camid in range(1, 10) if (word, camid) != ("nir", 3)}
-    for modality, word in WORDS.items()
-}
 
 
 def _file(root: str | os.PathLike, modality: str) -> Path:
@@ -50,13 +44,13 @@ class LLCM(Dataset):
         if split == "train":
             samples = {m: list_samples(_file(root, m), root, m, _camid, problems) for m in CAPTURED}
             return refuse_unpaired(samples, root, "train split", problems)
-        cells = camera_cells(self, root, CAMERAS, [Path(root, "idx/test_id.txt")], split, problems)
+        cells = self.cells(root, split, [Path(root, "idx/test_id.txt")], problems)
         return {m: cells_samples(cells[m], m, root, split) for m in cells if cells[m]}
 
     def gallery(self, root, mode, trial, shot, galleries, split, short) -> Samples:
         """One image of each (id, camera), drawn."""
         modality = self.gallery_modality(mode)
-        cells = camera_cells(self, root, CAMERAS, [Path(root, "idx/test_id.txt")], split, None)
+        cells = self.cells(root, split, [Path(root, "idx/test_id.txt")])
         return cells_samples(draw_cells(cells[modality], shot, trial), modality, root, split)
 
     def refuse_shared(self, root, trial, split) -> None:
@@ -68,13 +62,13 @@ class LLCM(Dataset):
             trained = {number(os.path.basename(os.path.dirname(path))) for path in paths}
             refuse_both(file, tests, "id", tested & trained)
 
-    def unknown_cameras(self, root) -> list[str]:
-        """See Dataset."""
-        return other_cameras(root, CAMERAS)
-
 
 DATASET = LLCM(
     "LLCM", 384, 144, 4, "sysu", (20, 40), range(10), BOTH_WAYS, "idx",
+    cameras={
+        modality: {c: f"test_{word}/cam{c}" for c in range(1, 10) if (word, c) != ("nir", 3)}
+        for modality, word in WORDS.items()
+    },
     repeating=tuple(WORDS.values()),
     published={
         (("train",), "both", "all"): (713, 30921),

@@ -56,6 +56,8 @@ class Dataset:
     galleries: tuple[str, ...] = ("seeded",)
     multi_shot: bool = False  # galleries with several images of each (id, camera)
     repeating: tuple[str, ...] = ()  # folders that hold images of the splits' folders again
+    # modality -> camid -> a folder that holds the images of id 1 in 0001
+    cameras: dict[str, dict[int, str]] = field(default_factory=dict)
     # (splits, modality, camera) -> (identities, images) as published; None: not published
     published: dict[tuple[tuple[str, ...], str, str], tuple[int | None, int | None]] = field(
         default_factory=dict
@@ -108,8 +110,35 @@ class Dataset:
         return ("train",)
 
     def unknown_cameras(self, root: str | os.PathLike) -> list[str]:
-        """Folders below root that are named like a camera, such as cam7, but are not part of the layout."""
-        return []
+        """Folders with content that are named like a camera, such as cam7, but are not in cameras."""
+        known = {folder for folders in self.cameras.values() for folder in folders.values()}
+        existing = {
+            os.path.join(parent, folder.name)
+            for parent in map(os.path.dirname, known)
+            for folder in Path(root, parent).glob("cam[0-9]*")
+            if folder.is_dir() and any(folder.iterdir())
+        }
+        return sorted(existing - known)
+
+    def cells(
+        self, root: str | os.PathLike, split: str, id_files: Sequence[Path], problems: list[str] | None = None
+    ) -> dict[str, Cells]:
+        """{modality: cells} of the ids in id_files, from the folders of cameras; sorted by id and camera."""
+        pids = sorted({pid for file in id_files for pid in read_ids(file)})
+        if others := self.unknown_cameras(root):
+            warn_once(f"{root}: not read, because {self.title} has no such camera: {listed(others)}")
+        finder, cells = Finder(root, problems), {}
+        for modality, folders in self.cameras.items():
+            images = {
+                (pid, camid): finder.images(os.path.join(root, folder, f"{pid:04d}"))
+                for pid in pids
+                for camid, folder in folders.items()
+            }
+            cells[modality] = {key: paths for key, paths in images.items() if paths}
+        finder.report()
+        if empty := set(pids) - {pid for keys in cells.values() for pid, _ in keys}:
+            refuse(f"{root}: no images of the {split} split's id {listed(empty)}", problems)
+        return cells
 
     def copies(self, root: str | os.PathLike, trial: int | None, split: str) -> str:
         """Words on test images that are training images by their content; "" if there are none."""
@@ -165,41 +194,6 @@ def refuse_both(trained: Path, tested: Path, kind: str, shared: set) -> None:
 # --- images in folders of cameras and identities: SYSU-MM01, and LLCM's test split
 
 
-def camera_cells(
-    dataset: Dataset,
-    root: str | os.PathLike,
-    cameras: dict[str, dict[int, str]],
-    id_files: Sequence[Path],
-    split: str,
-    problems: list[str] | None,
-) -> dict[str, Cells]:
-    """{modality: cells} of a split, sorted by id, camera and file name.
-
-    Args:
-        dataset: for messages.
-        root: the dataset's folder.
-        cameras: modality -> camid -> folder, which holds the images in a folder for each id: 0001.
-        id_files: list the split's ids.
-        split: its name.
-        problems: see refuse.
-    """
-    pids = sorted({pid for file in id_files for pid in read_ids(file)})
-    if others := dataset.unknown_cameras(root):
-        warn_once(f"{root}: not read, because {dataset.title} has no such camera: {listed(others)}")
-    finder, cells = Finder(root, problems), {}
-    for modality, folders in cameras.items():
-        images = {
-            (pid, camid): finder.images(os.path.join(root, folder, f"{pid:04d}"))
-            for pid in pids
-            for camid, folder in folders.items()
-        }
-        cells[modality] = {key: paths for key, paths in images.items() if paths}
-    finder.report()
-    if empty := set(pids) - {pid for keys in cells.values() for pid, _ in keys}:
-        refuse(f"{root}: no images of the {split} split's id {listed(empty)}", problems)
-    return cells
-
-
 def cells_samples(cells: Cells, modality: str, root: str | os.PathLike, split: str) -> Samples:
     """The images of cells, in their order; UserError if there are none."""
     if not cells:
@@ -214,18 +208,6 @@ def draw_cells(cells: Cells, shot: int, trial: int) -> Cells:
     """shot images of each cell, or all where there are fewer, drawn by random.Random(trial)."""
     rng = random.Random(trial)  # with one image, sample() draws the same as the protocol's choice()
     return {key: rng.sample(paths, min(shot, len(paths))) for key, paths in cells.items()}
-
-
-def other_cameras(root: str | os.PathLike, cameras: dict[str, dict[int, str]]) -> list[str]:
-    """Folders with content that are named like those of cameras, beside them."""
-    known = {folder for folders in cameras.values() for folder in folders.values()}
-    existing = {
-        os.path.join(parent, folder.name)
-        for parent in map(os.path.dirname, known)
-        for folder in Path(root, parent).glob("cam[0-9]*")
-        if folder.is_dir() and any(folder.iterdir())
-    }
-    return sorted(existing - known)
 
 
 # --- images in lists: RegDB, and LLCM's training split

@@ -12,22 +12,9 @@ import numpy as np
 import scipy.io
 
 from readers.lists import listed, read_ids, warn_once
-from readers.samples import (
-    Cells,
-    Dataset,
-    Samples,
-    camera_cells,
-    cells_samples,
-    draw_cells,
-    other_cameras,
-    refuse_both,
-)
+from readers.samples import Cells, Dataset, Samples, cells_samples, draw_cells, refuse_both
 from utils import UserError
 
-CAMERAS = {
-    "visible": {camid: f"cam{camid}" for camid in (1, 2, 4, 5)},
-    "infrared": {camid: f"cam{camid}" for camid in (3, 6)},
-}
 GALLERY_CAMERAS = {"all": (1, 2, 4, 5), "indoor": (1, 2)}
 
 
@@ -42,7 +29,7 @@ class SYSU(Dataset):
     """See the file's docstring; images are sorted by id, camera and file name."""
 
     def _cells(self, root, split, problems=None) -> dict[str, Cells]:
-        return camera_cells(self, root, CAMERAS, _id_files(root, split), split, problems)
+        return self.cells(root, split, _id_files(root, split), problems)
 
     def read(self, root, split, trial, problems=None) -> dict[str, Samples]:
         """See Dataset."""
@@ -95,10 +82,6 @@ class SYSU(Dataset):
         for name in self.trained(split) if tests.is_file() else ():
             if (file := Path(root, "exp", f"{name}_id.txt")).is_file():
                 refuse_both(file, tests, "id", set(read_ids(tests)) & set(read_ids(file)))
-
-    def unknown_cameras(self, root) -> list[str]:
-        """See Dataset."""
-        return other_cameras(root, CAMERAS)
 
 
 def _read_permutations(path: Path) -> list[np.ndarray]:
@@ -166,6 +149,7 @@ DATASET = SYSU(
     splits=("train", "val", "test"),
     galleries=("seeded", "published"),
     multi_shot=True,
+    cameras={"visible": {c: f"cam{c}" for c in (1, 2, 4, 5)}, "infrared": {c: f"cam{c}" for c in (3, 6)}},
     published={
         (("train",), "both", "all"): (296, None),
         (("val",), "both", "all"): (99, None),

@@ -2,29 +2,34 @@
 
     manifest.json         the checkpoint's fingerprint, dimension, modality, image size, precision
     000-000000.npy        (n, D) float16, unit norm, for numpy.load(…, mmap_mode="r")
+    000-000000.codes      the same rows in one byte a dimension, for search; may be missing
     000-000000.csv        row, path, size, mtime_ns and what else is known of an image; UTF-8. A user's
                           column of one of these names has an underscore before it
 
 A row of the .npy that no line of the .csv names is one whose image has changed or vanished. A shard is there
-when its .csv is: it is written after the .npy, and each of them whole.
+when its .csv is: it is written after the others, and each of them whole.
 """
 
 import csv
-import hashlib
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from retrieval.codes import Codes, encode, has_codes
 from utils import UserError, whole_file
 
 MANIFEST = "manifest.json"
 NAME = "[0-9][0-9][0-9]*-[0-9][0-9][0-9][0-9][0-9][0-9]"  # PROCESS-NUMBER, a pattern of a shard's name
 COLUMNS = ("row", "path", "size", "mtime_ns")  # of every shard's table, before what else is known
+CODES = ".codes"  # the suffix of a shard's coded rows
+KEPT = 128  # shards that stay open for single rows: three files each
 
 
 def stored_column(name: str) -> str:
@@ -91,23 +96,63 @@ class Shard:
         """The file of the rows."""
         return self.table.with_suffix(".npy")
 
-    def records(self) -> Iterator[dict[str, str]]:
-        """The lines of the table, {column: text}; UserError, naming it, where they are none of a shard's."""
+    @property
+    def coded(self) -> Path:
+        """The file of the coded rows."""
+        return self.table.with_suffix(CODES)
+
+    def lines(self) -> Iterator[list[str]]:
+        """The table's columns, then its lines; UserError, naming it, where they are none of a shard's."""
         with open(self.table, encoding="utf-8", errors="surrogateescape", newline="") as stream:
             try:
-                for record in csv.DictReader(stream, strict=True):
-                    if not record["row"].isdecimal() or None in record.values() or None in record:
+                lines = filter(None, csv.reader(stream, strict=True))
+                header = next(lines)
+                row, width = header.index("row"), len(header)
+                yield header
+                for line in lines:
+                    if len(line) != width or not line[row].isdecimal():
                         raise ValueError
-                    yield record
-            except (ValueError, KeyError, csv.Error) as error:
+                    yield line
+            except (StopIteration, ValueError, csv.Error) as error:
                 raise UserError(f"{self.table}: not a table of embeddings") from error
+
+    def records(self) -> Iterator[dict[str, str]]:
+        """The lines of the table, {column: text}; UserError as lines."""
+        lines = self.lines()
+        header = next(lines)
+        return (dict(zip(header, line, strict=True)) for line in lines)
 
     def rows(self) -> np.ndarray:
         """(n,) int64: those of the array that the table names, in its order; UserError if not ascending."""
-        rows = np.fromiter((int(record["row"]) for record in self.records()), np.int64)
+        lines = self.lines()
+        row = next(lines).index("row")
+        rows = np.fromiter(map(int, map(itemgetter(row), lines)), np.int64)
         if (np.diff(rows) <= 0).any():  # tools.embed once let a column `row` of the user's replace its own
             raise UserError(f"{self.table}: its column row is not the array's rows: embed into a new folder")
         return rows
+
+    def codes(self, shape: tuple[int, int]) -> Codes | None:
+        """The coded rows; None if there are none, UserError, naming the file, if they are others."""
+        try:
+            with open(self.coded, "rb") as stream:
+                codes = np.load(self.coded, mmap_mode="c", allow_pickle=False)
+                stream.seek(codes.offset + codes.nbytes)
+                facts = np.load(stream, allow_pickle=False)
+            scales, mean, (residual, length) = np.split(facts, np.cumsum(shape))
+            if (codes.shape, codes.dtype, facts.dtype) != (shape, np.int8, np.float32):
+                raise ValueError
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, EOFError, AttributeError) as error:
+            raise UserError(f"{self.coded}: not the codes of {self.array}: remove it") from error
+        return Codes(codes, scales, mean, float(residual), float(length))
+
+    def write_codes(self, features: np.ndarray) -> None:
+        """Write the coded rows of features (n, D), where such rows can be coded."""
+        if has_codes(features.shape[1]):
+            with whole_file(self.coded) as temporary, open(temporary, "wb") as stream:
+                for array in encode(features):
+                    np.save(stream, array)
 
     def features(self, dim: int) -> np.ndarray:
         """(N, dim) float16, memory-mapped; UserError, naming the file, if it holds something else."""
@@ -123,7 +168,8 @@ class Shard:
         """Write the table anew, or remove the shard if there are no records."""
         if not records:
             self.table.unlink()
-            self.array.unlink(missing_ok=True)
+            for file in (self.array, self.coded):
+                file.unlink(missing_ok=True)
             return
         columns = dict.fromkeys(COLUMNS) | dict.fromkeys(key for record in records for key in record)
         with (
@@ -147,6 +193,7 @@ def write_shard(
     shard = Shard(Path(folder, f"{name}.csv"))
     with whole_file(shard.array) as temporary, open(temporary, "wb") as stream:
         np.save(stream, features)
+    shard.write_codes(features)
     shard.replace([{"row": row} | record for row, record in enumerate(records)])
 
 
@@ -160,6 +207,7 @@ class Embeddings:
         self.folder, self.manifest = Path(folder), read_manifest(folder)
         self.shards = shards_of(folder)
         self._rows: list[np.ndarray | None] = []  # of each shard; None: all, in order
+        self._kept = functools.lru_cache(KEPT)(self.opened)
         counts = []
         for shard in self.shards:
             rows, number = shard.rows(), len(shard.features(self.manifest.dim))
@@ -176,49 +224,78 @@ class Embeddings:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def opened(self, k: int) -> "OpenShard":
+        """The k-th shard; its pages are given back when nobody holds it."""
+        return OpenShard(self.shards[k], int(self.starts[k]), self._rows[k], self.manifest.dim)
+
     def blocks(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (position of the first row, rows (n, D) float16), n <= size, through all shards.
 
         A shard's pages are given back when the next shard is opened.
         """
-        for k in range(len(self.shards)):
-            yield from self.shard_blocks(k, size)
-
-    def shard_blocks(self, k: int, size: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """As blocks, through the k-th shard."""
-        array, rows, first = self.shards[k].features(self.manifest.dim), self._rows[k], int(self.starts[k])
-        for start in range(0, len(array) if rows is None else len(rows), size):
-            part = slice(start, start + size)
-            yield first + start, torch.from_numpy(array[part if rows is None else rows[part]])
+        for shard in map(self.opened, range(len(self.shards))):
+            for start in range(0, len(shard), size):
+                yield shard.first + start, shard.half(range(start, min(start + size, len(shard))))
 
     def take(self, positions: np.ndarray) -> torch.Tensor:
         """The rows (n, D) float16 at positions (n,)."""
-        taken = np.empty((len(positions), self.manifest.dim), np.float16)
+        taken = torch.empty(len(positions), self.manifest.dim, dtype=torch.float16)
         for k, where in self._by_shard(positions):
-            rows = positions[where] - self.starts[k]
-            rows = rows if self._rows[k] is None else self._rows[k][rows]
-            taken[where] = self.shards[k].features(self.manifest.dim)[rows]
-        return torch.from_numpy(taken)
+            shard = self._kept(k)
+            taken[where] = shard.half(positions[where] - shard.first)
+        return taken
+
+    def columns(self, *names: str) -> Iterator[tuple[str, ...]]:
+        """What the tables say of all N images in two columns or more; "" where they have no such column."""
+        for shard in self.shards:
+            lines = shard.lines()
+            places = {name: place for place, name in enumerate(next(lines))}
+            pick = itemgetter(*(places.get(name, -1) for name in names))
+            yield from (pick([*line, ""]) for line in lines)
 
     def records(self, positions: np.ndarray) -> list[dict]:
         """{"path", "known": {column: text}} of the images at positions (n,), each once."""
         found: list = [None] * len(positions)
         for k, where in self._by_shard(positions):
             places = dict(zip((positions[where] - self.starts[k]).tolist(), where.tolist(), strict=True))
-            for line, record in enumerate(self.shards[k].records()):
-                if line in places:
+            lines = self.shards[k].lines()
+            header = next(lines)
+            for number, line in enumerate(lines):
+                if number in places:
+                    record = dict(zip(header, line, strict=True))
                     known = {key: text for key, text in known_columns(record).items() if text}
-                    found[places[line]] = {"path": record["path"], "known": known}
+                    found[places[number]] = {"path": record["path"], "known": known}
         return found
 
     def _by_shard(self, positions: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         owners = np.searchsorted(self.starts, positions, side="right") - 1
         return ((int(k), np.flatnonzero(owners == k)) for k in np.unique(owners))
 
-    def digest(self) -> str:
-        """Twelve hexadecimal digits that change with the rows: a sha256 of the shards' names and tables."""
-        digest = hashlib.sha256()
-        for shard in self.shards:
-            digest.update(shard.table.name.encode())
-            digest.update(hashlib.sha256(shard.table.read_bytes()).digest())
-        return digest.hexdigest()[:12]
+
+class OpenShard:
+    """A shard's rows that its table names, memory-mapped: numbers 0..n-1, the first at position `first`."""
+
+    def __init__(self, shard: Shard, first: int, rows: np.ndarray | None, dim: int):
+        self.shard, self.first, self._rows = shard, first, rows
+        self._features = shard.features(dim)
+
+    def __len__(self) -> int:
+        return len(self._features if self._rows is None else self._rows)
+
+    @functools.cached_property
+    def codes(self) -> Codes | None:
+        """The coded rows of the file, also of those that the table does not name."""
+        return self.shard.codes(self._features.shape)
+
+    def half(self, numbers: range | np.ndarray) -> torch.Tensor:
+        """Rows (n, D) float16."""
+        return torch.from_numpy(self._features[self._where(numbers)])
+
+    def coded(self, numbers: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (n, D) int8 and scales (n,) float32 of rows."""
+        where = self._where(numbers)
+        return torch.from_numpy(self.codes.codes[where]), torch.from_numpy(self.codes.scales[where])
+
+    def _where(self, numbers: range | np.ndarray) -> slice | np.ndarray:
+        where = slice(numbers.start, numbers.stop) if isinstance(numbers, range) else numbers
+        return where if self._rows is None else self._rows[where]

@@ -29,7 +29,7 @@ DEFECTS = """
 == train.py, test_train.py
 
 the bank is never updated
-- bank.update(features, labels)
+- bank.update(features, processes.all_gather(labels))
 + pass
 
 the bank is updated before the loss
@@ -95,8 +95,9 @@ the memory is rebuilt in training mode
 + means = {}
 
 the memory is rebuilt in a process's first epoch only
-- if args.loss == "mce":  # the baselines have no memory
-+ if args.loss == "mce" and epoch == 0:
+- rebuild_memory(training, epoch)
++ if epoch == 0:
++     rebuild_memory(training, epoch)
 
 the memory forgets the last batch of a modality
 - counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
@@ -104,11 +105,11 @@ the memory forgets the last batch of a modality
 +     counts.index_add_(0, labels, counts.new_ones(len(labels), 1))
 
 the later of equal epochs is the best
-- args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
-+ args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP >= training.best["mAP"])
+- args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP > progress.best["mAP"])
++ args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP >= progress.best["mAP"])
 
 every epoch is the best
-- args.select != "last" and epoch > 0 and (training.best is None or metrics.mAP > training.best["mAP"])
+- args.select != "last" and epoch > 0 and (progress.best is None or metrics.mAP > progress.best["mAP"])
 + args.select != "last" and epoch > 0
 
 == engine/training.py, test_train.py
@@ -124,8 +125,8 @@ weight decay that bypasses Adam's moments
 == engine/settings.py, test_train.py
 
 a table learns too slowly
-- add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy (0.25)")
-+ add("--momentum", type=fraction, default=0.75, help="weight of a modality's old proxy (0.25)")
+- add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy (default: 0.25)")
++ add("--momentum", type=fraction, default=0.75, help="weight of a modality's old proxy (default: 0.25)")
 
 == engine/training.py, test_train.py
 
@@ -144,8 +145,8 @@ the aux table is of visible images
 + channels = None
 
 aux images are augmented as visible ones
-- whole = draw_augmentation(rng, self.batches.whole, *size, modality, self.recipe, self.pad)
-+ whole = draw_augmentation(rng, self.batches.whole, *size, "visible", self.recipe, self.pad)
+- modality: draw_augmentation(rng, whole, *size, modality, self.recipe, self.pad).rows(mine)
++ modality: draw_augmentation(rng, whole, *size, "visible", self.recipe, self.pad).rows(mine)
 
 == loss.py, test_train.py
 
@@ -229,8 +230,8 @@ a triplet is of one process's images
 == data_loader.py, test_processes.py
 
 a process draws its augmentation for its own images
-- images[modality] = augment(pixels[modality], whole.rows(self.batches.mine))
-+ images[modality] = augment(pixels[modality], whole.rows(slice(0, len(labels))))
+- modality: draw_augmentation(rng, whole, *size, modality, self.recipe, self.pad).rows(mine)
++ modality: draw_augmentation(rng, len(labels), *size, modality, self.recipe, self.pad)
 
 == train.py, test_fake_cuda.py
 
@@ -297,8 +298,8 @@ a resume forgets the classifier
 == data_loader.py, test_variants.py
 
 without aux images the others' draws differ
-- for modality in MODALITIES:
-+ for modality in self.modalities:
+- for modality in MODALITIES
++ for modality in self.modalities
 
 == memory.py, test_trajectory.py
 

@@ -1,4 +1,4 @@
-"""Rounding errors of reduced precision over networks, sizes and seeds: the table in docs/method.md.
+"""Rounding errors of reduced precision over networks, sizes and seeds: the table in docs/performance.md.
 
     python -m tests.rounding
 

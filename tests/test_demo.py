@@ -38,9 +38,21 @@ def test_the_demo(tiny, tmp_path, capfd):
         values = [mean["cmc"][0], mean["cmc"][9], mean["mAP"], mean["mINP"]]
         assert rows[name] == [f"{100 * value:.2f}" for value in values]
     assert 0 < float(rows["chance"][2]) < 100
+    better = float(rows["trained"][2]) > max(float(rows[name][2]) for name in ("chance", "untrained"))
+    assert ("\nThe trained network ranks better than" in out) == better
     page = folder / "report" / "index.html"
     assert out.splitlines()[-1] == f"report: open {page} in a browser"
     assert f"{100 * mean['cmc'][0]:.2f}" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("chance", "untrained", "trained", "good"),
+    [(0.04, 0.1, 0.6, True), (0.04, 0.1, 0.07, False), (0.1, 0.04, 0.07, False), (0.1, 0.1, 0.1, False)],
+)
+def test_a_demo_that_did_not_learn_says_so(chance, untrained, trained, good):
+    mAPs = {"chance": chance, "untrained": untrained, "trained": trained}
+    said = demo.verdict({name: {"mAP": value} for name, value in mAPs.items()})
+    assert ("something is wrong" in said) is not good
 
 
 def test_a_second_demo_draws_only_for_another_seed(tmp_path, monkeypatch, capsys):

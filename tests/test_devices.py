@@ -43,8 +43,7 @@ def test_alone_every_collective_is_the_identity(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     processes, tensor = Processes(), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert (processes.rank, processes.world_size) == (0, 1)
-    processes.refuse_several()
-    processes.start(CPU)
+    assert processes.join(-1) == CPU
     assert not torch.distributed.is_initialized()
     assert processes.all_reduce(tensor) is tensor
     assert processes.all_gather(tensor) is tensor

@@ -232,6 +232,25 @@ def test_modalities_have_their_own_stems(run, checkpoint, tmp_path):
         run(tmp_path / "in", modality="infrared")
 
 
+def test_rows_are_coded_also_those_that_were_not(run, tmp_path):
+    paths = draw_images(tmp_path / "in", 3)
+    run(tmp_path / "in")
+    (shard,) = shards_of(tmp_path / "out")
+    codes = shard.coded.read_bytes()
+    assert shard.codes((3, 512)).codes.any(axis=1).all()
+    shard.coded.unlink()  # a folder of an earlier version
+    os.remove(paths[0])
+    (tmp_path / "out" / "000-000009.codes").write_bytes(b"of a run that was killed before its table")
+    run(tmp_path / "in")
+    assert shard.coded.read_bytes() == codes
+    assert [path.name for path in (tmp_path / "out").glob("*.codes")] == [shard.coded.name]
+    for path in paths[1:]:
+        os.remove(path)
+    draw_images(tmp_path / "in" / "new", 1)
+    run(tmp_path / "in")
+    assert len(list((tmp_path / "out").glob("*.codes"))) == len(shards_of(tmp_path / "out")) == 1
+
+
 def test_another_run_s_folder_is_refused(run, tmp_path):
     draw_images(tmp_path / "in", 2)
     draw_images(tmp_path / "other", 2)

@@ -5,6 +5,7 @@ what is to agree after some steps is computed in float64, at a low rate.
 """
 
 import contextlib
+import io
 import itertools
 import multiprocessing
 import os
@@ -17,9 +18,10 @@ from operator import itemgetter
 import pytest
 import torch
 import torchvision
-from conftest import draw_sysu
+from conftest import draw_sysu, random_checkpoint
 from plain_training import tables
 
+import test as evaluation
 from devices import Processes
 from engine.settings import parse_args
 from engine.training import build_training
@@ -109,6 +111,19 @@ def resumed(root, processes):
     return straight, result_of(again, epoch_of(again, 1))
 
 
+def table_of(root, folder, processes):
+    """What test.py prints about the same untrained network, its images shared by the processes."""
+    path = f"{folder}/network-{processes.world_size}.t"
+    if processes.rank == 0:
+        random_checkpoint(path, img_h=16, img_w=8)
+    processes.barrier()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        evaluation.main(
+            ["--resume", path, "--data-path", root, "--gpu", "-1", "--mode", "all", "indoor", "--flip"]
+        )
+    return printed.getvalue().replace(path, "")
+
+
 def work(number, ports, root, folder):
     """One of four processes: take part in runs of four, three and two; the last one runs alone meanwhile."""
     torch.set_num_threads(1)
@@ -132,8 +147,8 @@ def work(number, ports, root, folder):
             for loss in LOSSES[1:]:
                 results[loss] = some_steps(build(root, processes, "--loss", loss), 1)
             torch.set_default_dtype(torch.float32)
+        results["table"] = table_of(root, folder, processes)
         torch.save(results, f"{folder}/{count}-{number % count}.pt")
-        processes.stop()
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +203,8 @@ def test_some_steps_in_double_precision_are_the_same(results, number, kind):
 @pytest.mark.parametrize("number", NUMBERS[1:])
 def test_every_process_has_the_same_network_memory_and_losses(results, number):
     for kind, first in results[number, 0].items():
+        if kind == "table":
+            continue
         for rank in range(1, number):
             for part, own in results[number, rank][kind].items():
                 values = first[part]
@@ -197,6 +214,13 @@ def test_every_process_has_the_same_network_memory_and_losses(results, number):
                     else all(torch.equal(value, values[name]) for name, value in own.items())
                 )
                 assert same, (kind, rank, part)
+
+
+@pytest.mark.parametrize("number", NUMBERS[1:])
+def test_the_table_is_the_same_to_the_digit_and_printed_once(results, number):
+    tables = [results[number, rank]["table"] for rank in range(number)]
+    assert "all, single-shot" in tables[0]
+    assert tables == [results[1, 0]["table"]] + (number - 1) * [""]
 
 
 def test_three_processes_continue_bit_for_bit(results):

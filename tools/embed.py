@@ -31,6 +31,7 @@ from evaluation.flags import RUNTIMES
 from evaluation.runtimes import for_evaluation
 from retrieval.embeddings import Found, embed_files, find_images, open_embedder, settle_precision
 from retrieval.shards import (
+    CODES,
     COLUMNS,
     NAME,
     Manifest,
@@ -112,13 +113,13 @@ def opened(folder: Path, manifest: Manifest) -> Iterator[None]:
         yield
 
 
-def tidy(folder: Path, found: Found) -> int:
+def tidy(folder: Path, found: Found, dim: int) -> int:
     """Leave only rows of found's images as they are now, with what is now known; return how many rows went.
 
-    Clears away also what an interrupted run left half-written.
+    Clears away also what an interrupted run left half-written; codes rows (n, dim) that are not coded yet.
     """
     tables = {shard.table for shard in shards_of(folder)}
-    for file in [*folder.glob(f".{NAME}.*.part"), *folder.glob(f"{NAME}.npy")]:
+    for file in (f for name in (f".{NAME}.*.part", f"{NAME}.npy", NAME + CODES) for f in folder.glob(name)):
         if file.with_suffix(".csv") not in tables:
             file.unlink()
     place = {path: k for k, path in enumerate(found.paths)}
@@ -134,6 +135,8 @@ def tidy(folder: Path, found: Found) -> int:
         dropped += len(records) - len(kept)
         if kept != records:
             shard.replace(kept)
+        if kept and not shard.coded.exists():  # written before there were codes
+            shard.write_codes(shard.features(dim))
     return dropped
 
 
@@ -206,7 +209,7 @@ def main(args: argparse.Namespace) -> int:
     folder = Path(args.output)
     first = processes.rank == 0
     with opened(folder, manifest) if first else contextlib.nullcontext():
-        dropped = tidy(folder, found) if first else 0
+        dropped = tidy(folder, found, manifest.dim) if first else 0
         processes.barrier()
         done = {record["path"] for shard in shards_of(folder) for record in shard.records()}
         todo = [k for k, path in enumerate(found.paths) if path not in done]

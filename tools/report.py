@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from devices import Processes, select_device
+from devices import Processes
 from engine.files import environment
 from evaluation.flags import evaluation_flags
 from evaluation.methods import find_methods
@@ -58,15 +58,15 @@ def get_args_parser() -> Parser:
 def main(command: Sequence[str]) -> None:
     """Evaluate, then write the page, or the figures that were asked for."""
     args = get_args_parser().parse_args(command)
-    log_to_terminal(stream=sys.stderr)
-    Processes().refuse_several()
+    processes = Processes()
+    log_to_terminal(quiet=processes.rank > 0, stream=sys.stderr)
     folder = Path(args.output)
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         reason = "cannot be written" if nearest.is_dir() else "is a file, and not a folder"
         raise UserError(f"--output {folder}: {nearest} {reason}")
     methods = find_methods(get_args_parser, command)
-    names, device = labels([Path(method.name) for method in methods]), select_device(args.gpu)
+    names, device = labels([Path(method.name) for method in methods]), processes.join(args.gpu)
     try:
         everyone: list[Evaluated] = []
         for method, name in zip(methods, names, strict=True):
@@ -74,6 +74,9 @@ def main(command: Sequence[str]) -> None:
             file = method.facts[0]
             found = "args" in file and history_file(Path(file["path"]), file["args"], args.log_path)
             everyone.append(Evaluated(name, method, read_history(found) if found else None))
+        processes.stop()
+        if processes.rank > 0:  # it has embedded its share
+            return
         findings = Findings(everyone, args.queries)
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error

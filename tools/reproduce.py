@@ -40,13 +40,22 @@ def get_args_parser() -> Parser:
     )
     add = parser.add_argument
     add("--data-path", required=True, metavar="DATA", help=f"the folder of {', '.join(PUBLIC)}")
-    add("--output", default="reproduce", metavar="DIR", help="folder of everything written (reproduce)")
     add(
-        "--seeds", type=at_least(1), default=1, metavar="N", help="models of each setting, seeds 0 to N-1 (1)"
+        "--output",
+        default="reproduce",
+        metavar="DIR",
+        help="folder of everything written (default: reproduce)",
+    )
+    add(
+        "--seeds",
+        type=at_least(1),
+        default=1,
+        metavar="N",
+        help="models of each setting, seeds 0 to N-1 (default: 1)",
     )
     add(
         "--stem", choices=STEMS, nargs="+", default=["shared"],
-        help="shared: the paper's numbers are of it; two-stream: rows of their own (shared)",
+        help="shared: the paper's numbers are of it; two-stream: rows of their own (default: shared)",
     )  # fmt: skip
     add("--incomplete", action="store_true", help="go on with a dataset that tools.check calls incomplete")
     add(

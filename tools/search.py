@@ -3,7 +3,8 @@
     python -m tools.search --resume RUN_best.t --gallery FOLDER --query IMAGE --query-modality infrared
     python -m tools.search --resume RUN_best.t --gallery FOLDER --query DIR --query-modality infrared --json
 
-Exact unless --index is given. Results go to standard output, everything else to standard error.
+Exact; a query that the gallery has, by its path, does not find itself. Results go to standard output,
+everything else to standard error.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
@@ -16,17 +17,19 @@ import base64
 import html
 import io
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from devices import Processes, select_device
 from images import PixelRange, UnreadableImages, read_image
-from retrieval.embeddings import embed_files, find_images, open_embedder, settle_precision
-from retrieval.search import nearest, nearest_by_index, open_index
+from retrieval.embeddings import Found, embed_files, find_images, open_embedder, settle_precision
+from retrieval.search import Allowed, nearest
 from retrieval.shards import Embeddings
 from utils import Parser, UserError, at_least, device_flags, log, log_to_terminal, run_script, whole_file
 
@@ -64,10 +67,23 @@ def get_args_parser() -> Parser:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--report", metavar="DIR", help="write a page with the images, DIR/index.html")
     parser.add_argument(
-        "--index", action="store_true",
-        help="through a FAISS index in FOLDER, built if there is none: faster, and no longer exact",
+        "--exclude-same-camera", action="store_true",
+        help="leave out images of the query's own camera, by the column camid of the gallery's table and of "
+        "the queries' (or of the query in the gallery)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min-similarity", type=cosine, default=-math.inf, metavar="S",
+        help="leave out images that are less similar, -1 to 1",
     )  # fmt: skip
     return parser
+
+
+def cosine(text: str) -> float:
+    """An argparse type: a number from -1 to 1."""
+    value = float(text)
+    if not -1 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from -1 to 1, not {text}")
+    return value
 
 
 def open_gallery(folder: str, fingerprint: str, dim: int, checkpoint: str) -> Embeddings:
@@ -84,16 +100,52 @@ def open_gallery(folder: str, fingerprint: str, dim: int, checkpoint: str) -> Em
     return gallery
 
 
+def own_positions(paths: Sequence[str], gallery: Embeddings) -> tuple[np.ndarray, list[str]]:
+    """(where the gallery has these images (Q,), -1: nowhere; the camid of all the gallery's images (N))."""
+    places, camids = dict.fromkeys(paths, -1), []
+    for position, (path, camid) in enumerate(gallery.columns("path", "camid")):
+        camids.append(camid)
+        if path in places:
+            places[path] = position
+    return np.array([places[path] for path in paths]), camids
+
+
+def other_cameras(found: Found, rows: Sequence[int], own: np.ndarray, camids: Sequence[str]) -> Allowed:
+    """Which images are of another camera than a query, or of an unknown one.
+
+    The camid of a query, rows of found, is what its table says, or the gallery of the same image. UserError:
+    nobody says it.
+    """
+    numbers = {camid: number for number, camid in enumerate(dict.fromkeys(camids))}
+    place = found.columns.index("camid") if "camid" in found.columns else None
+    asked = []
+    for row, position in zip(rows, own.tolist(), strict=True):
+        camid = (found.values[row][place] if place is not None else "") or (
+            camids[position] if position >= 0 else ""
+        )
+        if not camid or not any(numbers):
+            which = found.paths[row] if not camid else "the gallery's images"
+            raise UserError(f"--exclude-same-camera: no camid is known of {which}: a table's column says it")
+        asked.append(numbers.get(camid, -1))
+    asked, cameras = np.array(asked), np.array([numbers[camid] for camid in camids])
+    return lambda query, position: cameras[position] != asked[query]
+
+
 def told(known: dict[str, str]) -> str:
     """What is known of an image, in words."""
     return "".join(f"  {key} {value}" for key, value in known.items())
+
+
+def query_name(result: dict) -> str:
+    """A query's path, and whether the gallery has it."""
+    return result["query"] + "  (in the gallery: left out)" * result["in_gallery"]
 
 
 def as_text(results: Sequence[dict]) -> str:
     """Results for people: a line for each query, and one for each hit below it."""
     lines = []
     for result in results:
-        lines.append(result["query"])
+        lines.append(query_name(result))
         for hit in result["hits"]:
             lines.append(f"{hit['rank']:5}  {hit['similarity']:.4f}  {hit['path']}{told(hit['known'])}")
     return "\n".join(lines)
@@ -119,7 +171,7 @@ def save_report(
     """Write a page that needs no other file: each query and its hits; pixel_range as images.read_image."""
     rows = []
     for result in results:
-        items = [figure(result["query"], f"query {result['query']}", pixel_range)]
+        items = [figure(result["query"], f"query {query_name(result)}", pixel_range)]
         for hit in result["hits"]:
             text = f"{hit['rank']}: {hit['similarity']:.4f}  {hit['path']}{told(hit['known'])}"
             items.append(figure(hit["path"], text, pixel_range))
@@ -132,21 +184,28 @@ def save_report(
 
 
 def as_results(
-    paths: Sequence[str], similarities: torch.Tensor, positions: torch.Tensor, gallery: Embeddings
+    paths: Sequence[str],
+    own: np.ndarray,
+    similarities: torch.Tensor,
+    positions: torch.Tensor,
+    gallery: Embeddings,
 ) -> list[dict]:
-    """[{"query", "hits": [{"rank", "similarity", "path", "known": {column: text}}]}], for JSON."""
-    found = positions.unique()
+    """[{"query", "in_gallery", "hits": [{"rank", "similarity", "path", "known": {column: text}}]}]."""
+    found = positions[positions >= 0].unique()
     records = dict(zip(found.tolist(), gallery.records(found.numpy()), strict=True))
     return [
         {
             "query": path,
+            "in_gallery": position_of_own >= 0,
             "hits": [
                 {"rank": rank, "similarity": value, **records[position]}
                 for rank, (value, position) in enumerate(zip(values, row, strict=True), start=1)
                 if position >= 0
             ],
         }
-        for path, values, row in zip(paths, similarities.tolist(), positions.tolist(), strict=True)
+        for path, position_of_own, values, row in zip(
+            paths, own.tolist(), similarities.tolist(), positions.tolist(), strict=True
+        )
     ]
 
 
@@ -158,33 +217,35 @@ def main(args: argparse.Namespace) -> int:
     embedder, saved = open_embedder(args.resume)
     gallery = open_gallery(args.gallery, embedder.fingerprint, embedder.network.dim, args.resume)
     embedder.height, embedder.width = gallery.manifest.height, gallery.manifest.width
-    index = open_index(gallery, args.top) if args.index else None
 
     device = select_device(args.gpu)
     embedder.to(device, memory_format=torch.channels_last)
     amp, modality = args.amp or saved.get("amp", "auto"), args.query_modality
     dtype = settle_precision(embedder, amp, found.paths, modality, args.test_batch, args.workers, Processes())
-    features, paths, failed = [], [], []
-    for part, rows, failures in embed_files(
+    features, rows, failed = [], [], []
+    for part, read, failures in embed_files(
         embedder, found.paths, modality, args.test_batch, args.workers, dtype
     ):
         features.append(part)
-        paths += [found.paths[row] for row in rows]
+        rows += read
         failed += failures
-    if not paths:
+    if not rows:
         raise UnreadableImages(failed)
     for failure in failed:
         log.warning("cannot read %s", failure)
-    queries = torch.cat(features)
-    if index is None:
-        similarities, positions = nearest(queries.to(device), gallery, args.top)
-    else:
-        similarities, positions = nearest_by_index(index, queries, gallery, args.top)
+    paths = [found.paths[row] for row in rows]
+    own, camids = own_positions(paths, gallery)
+    other = other_cameras(found, rows, own, camids) if args.exclude_same_camera else None
 
-    results = as_results(paths, similarities, positions.cpu(), gallery)
+    def allowed(query: np.ndarray, position: np.ndarray) -> np.ndarray:
+        return (position != own[query]) & (True if other is None else other(query, position))
+
+    similarities, positions = nearest(
+        torch.cat(features).to(device), gallery, args.top, allowed, args.min_similarity
+    )
+    results = as_results(paths, own, similarities, positions.cpu(), gallery)
     if args.report:
-        how = "through an index" if index else "exactly"
-        heading = f"{args.gallery}: {len(gallery):,} images, searched {how} with {args.resume}"
+        heading = f"{args.gallery}: {len(gallery):,} images, searched with {args.resume}"
         log.info("wrote %s", save_report(args.report, results, heading, embedder.pixel_range))
     print(json.dumps(results, indent=1) if args.json else as_text(results))
     return int(bool(failed))
