@@ -90,7 +90,7 @@ def network_of(checkpoint: dict, path: str | os.PathLike) -> Network:
 
 def weights_of(checkpoint: dict) -> dict[str, torch.Tensor]:
     """The state dict of load_checkpoint's dict, without the prefix of DataParallel."""
-    return {key.removeprefix("module."): value for key, value in checkpoint["net"].items()}
+    return {key.removeprefix("module."): value for key, value in checkpoint.get("net", {}).items()}
 
 
 def is_agw(checkpoint: dict) -> bool:

@@ -312,7 +312,8 @@ def folded(network: nn.Module) -> nn.Module:
     """
     network = copy.deepcopy(network).eval().requires_grad_(False)
     blocks = [part for part in network.modules() if isinstance(part, NonLocal)]
-    leave_out(network, [block for block in blocks if not block.bn.weight.any() and not block.bn.bias.any()])
+    normed = [block for block in blocks if isinstance(block.bn, nn.BatchNorm2d)]  # all, unless folded before
+    leave_out(network, [block for block in normed if not block.bn.weight.any() and not block.bn.bias.any()])
     for module in list(network.modules()):
         children = list(module.named_children())
         for (name, conv), (after, norm) in itertools.pairwise(children):

@@ -1,8 +1,10 @@
 """The network in other runtimes: as an ONNX graph, which ONNX Runtime or OpenVINO runs on the CPU."""
 
+import importlib
 import io
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -48,8 +50,17 @@ class Outputs(nn.Module):
         return self.network(**{self.modality: images})
 
 
+def needed(name: str) -> ModuleType:
+    """The module called name; UserError, saying what to install, where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"other runtimes than torch need {name}: pip install {name}") from error
+
+
 def to_onnx(module: nn.Module, example: torch.Tensor) -> bytes:
     """The ONNX file of a module from `images` (the example's shape, any number) to `features`."""
+    needed("onnx")  # by torch's exporter
     file = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         # Of torch's two exporters the older one, which needs ONNX alone; the check tells whether it erred.
@@ -71,20 +82,13 @@ def open_graph(
     UserError: the runtime is not installed.
     """
     threads = torch.get_num_threads()
-    try:
-        import onnx  # noqa: F401, torch's exporter asks for it
-
-        if runtime == "onnx":
-            import onnxruntime
-
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-            return lambda images: session.run(["features"], {"images": images})[0]
-        import openvino
-    except ImportError as error:
-        package = {"onnx": "onnxruntime"}.get(runtime, runtime)
-        raise UserError(f"this needs ONNX and {runtime}: pip install onnx {package}") from error
+    if runtime == "onnx":
+        onnxruntime = needed("onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return lambda images: session.run(["features"], {"images": images})[0]
+    openvino = needed("openvino")
     precision = "bf16" if dtype == torch.bfloat16 else "f32"
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
     core = openvino.Core()

@@ -310,9 +310,7 @@ def test_only_what_was_typed_is_typed(tmp_path):
 
 def test_any_pixel_range_of_a_run_is_read_again():
     for values in ([-3.1e-05, 1.0], [-2.5e-300, 1e300], [51241.0, 52181.0], [-7.0, -1.5]):
-        assert settings_to_resume({"net": {}, "args": {"pixel_range": values}}, "run_last.t") == {
-            "pixel_range": values
-        }
+        assert settings_to_resume({"args": {"pixel_range": values}}, "run_last.t") == {"pixel_range": values}
 
 
 def test_what_contradicts_the_resumed_run_is_refused(tmp_path):
