@@ -6,7 +6,7 @@ who is near everyone spoils every query at once. So one person at a time is take
 k / (place_k - n_jk), where n_jk is the number of j's images before the k-th match. Re-ranked distances
 stay as they are, although re-ranking without the person could change them.
 
-Sources: docs/comparing.md; B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11.
+Sources: docs/how-sure.md; B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993, chapter 11.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
