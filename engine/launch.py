@@ -14,7 +14,7 @@ from data_manager import DATASETS
 from devices import Processes, select_device
 from engine.files import Run, environment
 from engine.settings import open_run, typed_settings
-from engine.training import Progress, Training, build_test_images, build_training
+from engine.training import Progress, Training, build_test_images, build_training, draw_evaluation
 from evaluation.embedding import TestImages
 from utils import UserError, log, log_to_terminal
 
@@ -133,6 +133,8 @@ def train_run(
             return progress.result
         if checkpoint is None and first and not args.overwrite:
             run.refuse_to_overwrite(args.epochs)
+        if args.test_identities is None:  # else build_training draws the split
+            draw_evaluation(args)  # what cannot be evaluated is refused before images are read
         training = build_training(args, checkpoint, processes)
         test_images = build_test_images(training)
         header = environment() | training.describe() | {"run": str(run.last)}

@@ -200,6 +200,13 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
     return Protocol(args.dataset, args.mode, split="val" if args.select == "val" else "test")
 
 
+def draw_evaluation(args: argparse.Namespace) -> Evaluation:
+    """Who is searched where in a run's evaluations; UserError where nothing can be evaluated."""
+    root = data_manager.dataset_root(args.dataset, args.data_path)
+    trials = [int(args.trial)] if args.trial else DATASETS[args.dataset].trials
+    return Evaluation.draw(root, [protocol_of(args)], trials)
+
+
 def build_test_images(training: Training) -> TestImages:
     """The images that a run is evaluated on, decoded: broken ones are found before the first step.
 
@@ -207,10 +214,7 @@ def build_test_images(training: Training) -> TestImages:
         UserError: see Evaluation; or an image that cannot be read.
     """
     args = training.args
-    root = data_manager.dataset_root(args.dataset, args.data_path)
-    trials = [int(args.trial)] if args.trial else DATASETS[args.dataset].trials
-    evaluation = Evaluation.draw(root, [protocol_of(args)], trials)
-    test_images = TestImages(evaluation, args.img_h, args.img_w, args.pixel_range)
+    test_images = TestImages(draw_evaluation(args), args.img_h, args.img_w, args.pixel_range)
     test_images.load(args.workers, training.processes)
     return test_images
 
