@@ -34,18 +34,23 @@ def get_args_parser() -> Parser:
     """The command line; other settings come from the checkpoint or the dataset."""
     parser = Parser(
         prog="test.py",
-        description="Evaluate checkpoints or features. Defaults are in parentheses; --dataset, --img-h, "
+        description="Evaluate checkpoints or features. --dataset, --img-h, "
         "--img-w and --amp default to what the checkpoint was trained with.",
         parents=[evaluation_flags()],
     )
     add = parser.add_argument
-    add("--runtime", choices=RUNTIMES, default="torch", help="what computes the features, on the CPU (torch)")
+    add(
+        "--runtime",
+        choices=RUNTIMES,
+        default="torch",
+        help="what computes the features, on the CPU (default: torch)",
+    )
     add("--flip", action="store_true", help="add rows with the mean feature of an image and its mirror")
     add = parser.add_argument_group("outputs").add_argument
-    add("--format", choices=STYLES, default="text", help="format of the table (text)")
-    add("--json", metavar="FILE", help="settings, metrics of every trial, their mean and intervals")
-    add("--save-features", metavar="FILE.npz", help="features, paths, pids and camids")
-    add("--save-mat", metavar="DIR", help="features for the SYSU-MM01 authors' MATLAB evaluation")
+    add("--format", choices=STYLES, default="text", help="format of the table (default: text)")
+    add("--json", metavar="FILE", help="write settings, metrics of every trial, their mean and intervals")
+    add("--save-features", metavar="FILE.npz", help="write features, paths, pids and camids")
+    add("--save-mat", metavar="DIR", help="write features for the SYSU-MM01 authors' MATLAB evaluation")
     return parser
 
 

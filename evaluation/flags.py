@@ -27,20 +27,29 @@ def evaluation_flags() -> Parser:
     add("--images", metavar="LIST", help="text or CSV with a path a line, in the order of FEATURES.npy")
     add(
         "--distance", choices=("cosine", "euclidean"), default="cosine",
-        help="of --features (default: cosine)",
+        help="how --features are compared (default: cosine)",
     )  # fmt: skip
     add = parser.add_argument_group("what is evaluated").add_argument
-    add("--dataset", choices=DATASETS, help="(the checkpoint's, or sysu)")
+    add("--dataset", choices=DATASETS, help="which dataset (default: the checkpoint's, or sysu)")
     add(
         "--mode", type=mode_name, nargs="+", metavar="MODE",
-        help="sysu: all, indoor (all); others: visible-to-infrared, infrared-to-visible (both), or -thermal",
+        help="sysu: all, indoor (default: all); others: visible-to-infrared, infrared-to-visible "
+        "(default: both), or -thermal",
     )  # fmt: skip
-    add("--shot", type=int, nargs="+", choices=(1, 10), default=[1], help="gallery images of sysu (1)")
+    add(
+        "--shot",
+        type=int,
+        nargs="+",
+        choices=(1, 10),
+        default=[1],
+        help="gallery images of sysu (default: 1)",
+    )
     add(
         "--galleries", choices=("seeded", "published"), default="seeded",
-        help="sysu: drawn by random.Random(trial), or the dataset authors' exp/rand_perm_cam.mat (seeded)",
+        help="sysu: drawn by random.Random(trial), or the dataset authors' exp/rand_perm_cam.mat (default: "
+        "seeded)",
     )  # fmt: skip
-    add("--trial", metavar="N", help="one trial, or all (all; for a model of one RegDB trial: that trial)")
+    add("--trial", metavar="N", help="one trial, or all (default: all; a model of one RegDB trial: its own)")
     add("--allow-short", action="store_true", help="accept galleries with fewer images than --shot")
     add(
         "--ignore-same-camera", action="store_true",
@@ -50,7 +59,7 @@ def evaluation_flags() -> Parser:
     add("--rerank", nargs="+", choices=RERANKING, default=[], help="add rows with re-ranked galleries")
     add(
         "--model-path", default="save_model", metavar="DIR",
-        help="second folder to look for checkpoints in (save_model)",
+        help="second folder to look for checkpoints in (default: save_model)",
     )  # fmt: skip
     return parser
 

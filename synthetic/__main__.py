@@ -24,18 +24,24 @@ def get_args_parser() -> Parser:
     add = parser.add_argument
     add("--dataset", choices=SIZES, required=True, help="whose layout to draw")
     add("--data-path", required=True, metavar="DIR", help="folder to draw into: new or empty")
-    add("--identities", type=some, metavar="N", help=f"training identities ({train})")
-    add("--test-identities", type=some, metavar="N", help=f"test identities ({test})")
-    add("--images", type=one, metavar="N", help=f"images per identity and camera ({images})")
-    add("--img-h", type=at_least(16), default=160, metavar="PIXELS", help="image height (160)")
-    add("--img-w", type=at_least(8), default=64, metavar="PIXELS", help="image width (64)")
-    add("--seed", type=seed_number, default=0, metavar="N", help="the same seed gives the same bytes (0)")
+    add("--identities", type=some, metavar="N", help=f"training identities (default: {train})")
+    add("--test-identities", type=some, metavar="N", help=f"test identities (default: {test})")
+    add("--images", type=one, metavar="N", help=f"images per identity and camera (default: {images})")
+    add("--img-h", type=at_least(16), default=160, metavar="PIXELS", help="image height (default: 160)")
+    add("--img-w", type=at_least(8), default=64, metavar="PIXELS", help="image width (default: 64)")
+    add(
+        "--seed",
+        type=seed_number,
+        default=0,
+        metavar="N",
+        help="the same seed gives the same bytes (default: 0)",
+    )
     add(
         "--workers",
         type=at_least(0),
         default=os.cpu_count() or 1,
         metavar="N",
-        help="processes (one per core)",
+        help="processes that draw (default: one per core)",
     )
     add(
         "--contact-sheet",

@@ -181,11 +181,13 @@ def get_args_parser() -> Parser:
         description="Check whether a dataset is complete; exit status 0 if it is, 1 if not.",
     )
     parser.add_argument("--dataset", required=True, choices=DATASETS, help="which dataset")
-    parser.add_argument("--data-path", metavar="DIR", help="the dataset's folder (data/<dataset>)")
+    parser.add_argument("--data-path", metavar="DIR", help="the dataset's folder (default: data/<dataset>)")
     parser.add_argument(
         "--test-identities", type=at_least(1), metavar="N", help="own images: draw N test identities, once"
     )
-    parser.add_argument("--seed", type=seed_number, default=0, metavar="N", help="seed of that draw (0)")
+    parser.add_argument(
+        "--seed", type=seed_number, default=0, metavar="N", help="seed of that draw (default: 0)"
+    )
     parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(), metavar="N", help="threads")
     return parser
 

@@ -52,7 +52,7 @@ def get_args_parser() -> Parser:
     """The command line; what is not given comes from the checkpoint."""
     parser = Parser(
         prog="python -m tools.embed",
-        description="Embed images of one's own. Defaults stand in brackets.",
+        description="Embed images of one's own.",
         parents=[device_flags()],
     )
     parser.set_defaults(amp=None)
@@ -69,10 +69,17 @@ def get_args_parser() -> Parser:
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="of the embeddings")
     parser.add_argument(
-        "--runtime", choices=RUNTIMES, default="torch", help="what embeds, on the CPU (torch)"
+        "--runtime",
+        choices=RUNTIMES,
+        default="torch",
+        help="what computes the features, on the CPU (default: torch)",
     )
-    parser.add_argument("--img-h", type=at_least(8), metavar="PIXELS", help="(the checkpoint's)")
-    parser.add_argument("--img-w", type=at_least(8), metavar="PIXELS", help="(the checkpoint's)")
+    parser.add_argument(
+        "--img-h", type=at_least(8), metavar="PIXELS", help="image height (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--img-w", type=at_least(8), metavar="PIXELS", help="image width (default: the checkpoint's)"
+    )
     return parser
 
 

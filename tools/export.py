@@ -43,17 +43,26 @@ def get_args_parser() -> Parser:
     )
     parser.add_argument("--output", required=True, metavar="FILE.onnx", help="a stem's name is put in")
     parser.add_argument(
-        "--images", metavar="DIR", help="images to check with (data/<dataset>, of the checkpoint's dataset)"
+        "--images",
+        metavar="DIR",
+        help="images to check with (default: data/<dataset> of the checkpoint's dataset)",
     )
     parser.add_argument(
-        "--check", choices=RUNTIMES[1:], default="onnx", help="the runtime to check the graphs in (onnx)"
+        "--check",
+        choices=RUNTIMES[1:],
+        default="onnx",
+        help="the runtime to check the graphs in (default: onnx)",
     )
     parser.add_argument(
         "--input", choices=("uint8", "float32"), default="uint8",
-        help="the type of the pixels; converters to float16 need float32 (uint8)",
+        help="the type of the pixels; converters to float16 need float32 (default: uint8)",
     )  # fmt: skip
-    parser.add_argument("--img-h", type=at_least(8), metavar="PIXELS", help="(the checkpoint's)")
-    parser.add_argument("--img-w", type=at_least(8), metavar="PIXELS", help="(the checkpoint's)")
+    parser.add_argument(
+        "--img-h", type=at_least(8), metavar="PIXELS", help="image height (default: the checkpoint's)"
+    )
+    parser.add_argument(
+        "--img-w", type=at_least(8), metavar="PIXELS", help="image width (default: the checkpoint's)"
+    )
     return parser
 
 

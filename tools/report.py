@@ -35,12 +35,12 @@ def get_args_parser() -> Parser:
     parser = Parser(
         prog="python -m tools.report",
         description="Make a page of what checkpoints or features do, and figures; rankings, embedding and "
-        "maps are of the first. Defaults are in parentheses; those of --dataset, --img-h, --img-w and --amp "
+        "maps are of the first. Defaults of --dataset, --img-h, --img-w and --amp "
         "are what the checkpoints were trained with.",
         parents=[evaluation_flags()],
     )
     parser.add_argument(
-        "--log-path", metavar="DIR", help="the runs' logs and histories (where they were written)"
+        "--log-path", metavar="DIR", help="the runs' logs and histories (default: where they were written)"
     )
     outputs = parser.add_argument_group("outputs")
     outputs.add_argument("--output", required=True, metavar="DIR", help="for index.html and the figures")
@@ -50,7 +50,7 @@ def get_args_parser() -> Parser:
     )  # fmt: skip
     outputs.add_argument(
         "--queries", nargs="+", default=["random"], metavar="WHICH",
-        help="of the ranking figure: worst, best, random, or pids (random)",
+        help="of the ranking figure: worst, best, random, or pids (default: random)",
     )  # fmt: skip
     return parser
 

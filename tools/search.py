@@ -51,7 +51,7 @@ def get_args_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="python -m tools.search",
-        description="Search a folder of embeddings by images. Defaults stand in brackets.",
+        description="Search a folder of embeddings by images.",
         parents=[device_flags()],
     )
     parser.set_defaults(amp=None)
@@ -63,7 +63,9 @@ def get_args_parser() -> Parser:
     parser.add_argument(
         "--query-modality", required=True, choices=("visible", "infrared"), help="of the queries"
     )
-    parser.add_argument("--top", type=at_least(1), default=10, metavar="N", help="results of a query (10)")
+    parser.add_argument(
+        "--top", type=at_least(1), default=10, metavar="N", help="results of a query (default: 10)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--report", metavar="DIR", help="write a page with the images, DIR/index.html")
     parser.add_argument(
