@@ -1,5 +1,6 @@
 """What the readers of datasets share: images with identities and cameras, and what a dataset can do."""
 
+import functools
 import hashlib
 import os
 import random
@@ -161,24 +162,29 @@ def same_content(first: Iterable[str], second: Iterable[str]) -> list[tuple[str,
     """Pairs of files with equal bytes, one of first and one of second; only files of equal size are read."""
     with ThreadPoolExecutor(16) as pool:  # waits for the disk, above all for one in a network
         parts = [list(dict.fromkeys(paths)) for paths in (first, second)]
-        sizes = [dict(zip(paths, pool.map(_size, paths), strict=True)) for paths in parts]
-        common = set(sizes[0].values()) & set(sizes[1].values()) - {0}
-        parts = [[path for path in part if of[path] in common] for part, of in zip(parts, sizes, strict=True)]
-        digests = [zip(pool.map(_digest, paths), paths, strict=True) for paths in parts]
-        known = dict(reversed(list(digests[0])))
+        files = [list(zip(paths, pool.map(_size_and_time, paths), strict=True)) for paths in parts]
+        sizes = [{size for _, (size, _) in part} for part in files]
+        common = sizes[0] & sizes[1] - {0}
+        parts = [[(path, facts) for path, facts in part if facts[0] in common] for part in files]
+        digests = [
+            [(d, file[0]) for d, file in zip(pool.map(_digest, part), part, strict=True)] for part in parts
+        ]
+        known = dict(reversed(digests[0]))
         return [(known[digest], path) for digest, path in digests[1] if digest and digest in known]
 
 
-def _size(path: str) -> int:
+def _size_and_time(path: str) -> tuple[int, int]:
     try:
-        return os.path.getsize(path)
+        status = os.stat(path)
     except OSError:  # decoding will report it
-        return 0
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
-def _digest(path: str) -> bytes:
+@functools.cache  # RegDB's trials share their images, and SYSU-MM01's modes all of them
+def _digest(file: tuple[str, tuple[int, int]]) -> bytes:
     try:
-        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
+        return hashlib.blake2b(Path(file[0]).read_bytes(), digest_size=16).digest()
     except OSError:
         return b""
 

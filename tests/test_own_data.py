@@ -457,12 +457,16 @@ def test_the_page_takes_a_folder_of_images_to_a_table(tmp_path):
     typed = [line for block in page.split("```")[1::2] for line in block.splitlines() if "python" in line]
     commands = [shlex.split(line, comments=True) for line in typed]
     assert {words[1] for words in commands} == {"-m", "train.py", "test.py"}
+    assert any("--ignore-same-camera" in words for words in commands)
     for words in commands:
         assert words[0] == "python"
         words = words[2:] if words[1] == "-m" else words[1:]
         done = run_script(words[0], *words[1:], cwd=tmp_path)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         if words[0] == "test.py":
+            kind = ", same camera ignored" if "--ignore-same-camera" in words else ""
             assert re.search(
-                r"^visible to infrared +[0-9.]+ .*\n^infrared to visible +[0-9.]+ ", done.stdout, re.M
+                rf"^visible to infrared{kind} +[0-9.]+ .*\n^infrared to visible{kind} +[0-9.]+ ",
+                done.stdout,
+                re.M,
             )
