@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.distance import cdist
 
 import reranking
-from reranking import RERANKING, affinity_inference, graph_propagation, k_reciprocal
+from reranking import ONE_AT_A_TIME, RERANKING, affinity_inference, graph_propagation, k_reciprocal
 from tests.oracles import affinity_inference_loop, graph_propagation_loop, k_reciprocal_loop
 
 
@@ -126,3 +126,52 @@ def test_features_that_are_not_unit_are_refused(name):
     with pytest.raises(ValueError, match=r"must be unit, and their norms are 1 to 5"):
         RERANKING[name](query, gallery * np.linspace(1, 5, 20)[:, None])
     RERANKING[name](torch.from_numpy(query).half(), torch.from_numpy(gallery).bfloat16())  # rounded is unit
+
+
+def single_calls(function, query, gallery, *more):
+    """The oracle of one query at a time: a call of the function for each."""
+    return np.concatenate([function(query[k : k + 1], gallery, *more) for k in range(len(query))])
+
+
+@pytest.mark.parametrize("far", [False, True])  # far: queries are farther than the gallery's images
+@pytest.mark.parametrize(("k1", "k2", "lambda_value"), [(20, 6, 0.3), (7, 1, 0.0), (5, 9, 0.5), (1, 1, 1.0)])
+def test_k_reciprocal_one_query_at_a_time_is_a_call_for_each(k1, k2, lambda_value, far):
+    query, gallery = people(6, 25, 120)
+    query[3:6] = gallery[:3]  # equal images
+    gallery[60:80] = gallery[40:60]
+    gallery[80:] = gallery[80:] + 2 * gallery[80] if far else gallery[80:]  # close together: ties in half
+    gallery[80:] /= np.linalg.norm(gallery[80:], axis=1, keepdims=True)
+    query = np.where(far & (np.arange(25) >= 6)[:, None], -query, query)
+    expected = single_calls(k_reciprocal, query, gallery, k1, k2, lambda_value)
+    np.testing.assert_array_equal(
+        ONE_AT_A_TIME["k-reciprocal"](query, gallery, k1, k2, lambda_value), expected
+    )
+
+
+@pytest.mark.parametrize("sizes", [(12, 90), (7, 3), (1, 1)])
+@pytest.mark.parametrize(("k1", "k2"), [(26, 7), (5, 2), (3, 3)])
+def test_gnn_one_query_at_a_time_is_a_call_for_each(sizes, k1, k2):
+    features = people(7, *sizes)
+    expected = single_calls(graph_propagation, *features, k1, k2)
+    np.testing.assert_allclose(ONE_AT_A_TIME["gnn"](*features, k1, k2), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_query", "num_gallery"), [(1, 1), (3, 1), (5, 8), (4, 21)])
+def test_one_query_at_a_time_with_fewer_images_than_neighbours(num_query, num_gallery):
+    features = people(8, num_query, num_gallery)
+    np.testing.assert_array_equal(
+        ONE_AT_A_TIME["k-reciprocal"](*features), single_calls(k_reciprocal, *features)
+    )
+
+
+def test_aim_has_no_partner_since_its_queries_do_not_affect_each_other():
+    features = people(9, 12, 40)
+    np.testing.assert_allclose(
+        affinity_inference(*features), single_calls(affinity_inference, *features), atol=1e-6
+    )
+    assert set(RERANKING) - set(ONE_AT_A_TIME) == {"aim"}
+    for name, function in ONE_AT_A_TIME.items():  # and the others' do
+        assert np.abs(function(*features) - RERANKING[name](*features)).max() > 1e-3
+        tensors = function(*map(torch.from_numpy, features))
+        assert tensors.dtype == torch.float32
+        np.testing.assert_allclose(tensors, function(*features), atol=1e-6)
