@@ -438,7 +438,7 @@ def test_sixteen_bit_infrared_images_train_and_test_by_one_range(tmp_path, train
         "--dataset", "folder", *tiny_flags(root), "--test-identities", 3, "--epochs", 1, "--name", "warm"
     )
     assert status == 0, errors
-    assert "24 of 48 training images have more than eight bits" in output
+    assert "infrared: 24 of 24 training images have more than eight bits" in output
     low, high = load_checkpoint("save_model/warm_last.t")["args"]["pixel_range"]
     assert 29000 <= low < high <= 31550
     words = ["--resume", "save_model/warm_best.t", "--gpu", -1, "--data-path", root]
