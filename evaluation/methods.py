@@ -19,7 +19,7 @@ from evaluation.features import FeatureFile, read_features
 from evaluation.flags import protocols_of, settings_of
 from evaluation.intervals import Jackknife
 from evaluation.protocols import Evaluation, Protocol
-from evaluation.scoring import Features, Score, score
+from evaluation.scoring import Features, Score, rerankings_of, score
 from utils import Parser, UserError
 
 Row = tuple[Protocol, bool, str | None]  # protocol, with mirror images, re-ranking
@@ -93,7 +93,7 @@ class Method:
             runtime: of checkpoints' networks, see runtimes.for_evaluation.
         """
         flips = (False, True) if flip else (False,)
-        rows = [(mirror, rerank) for mirror in flips for rerank in dict.fromkeys((None, *self.args.rerank))]
+        rows = [(mirror, rerank) for mirror in flips for rerank in rerankings_of(self.args.rerank)]
         for source in self.sources:
             found: dict[Row, list[Score]] = {}
             for trial, network, variants in self._features(source, device, flip, runtime):

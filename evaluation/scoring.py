@@ -1,8 +1,9 @@
 """Features of images, found by path, and what every query of every protocol and trial gets with them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -11,8 +12,10 @@ from devices import Array
 from eval_metrics import Metrics, QueryValues, Trial, evaluate_queries
 from evaluation.intervals import Jackknife, evaluate_with_jackknife
 from evaluation.protocols import OWN_GALLERY, Evaluation, Protocol
-from reranking import RERANKING, affinity_inference
+from reranking import ONE_AT_A_TIME, RERANKING, affinity_inference
 from utils import UserError
+
+ALONE = ", one query at a time"  # ends the names of re-rankings in reranking.ONE_AT_A_TIME
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def score(
     Args:
         evaluation: who is searched where.
         features: of all its images.
-        rerank: a key of reranking.RERANKING; None: no re-ranking.
+        rerank: see rerankings_of; None: no re-ranking.
         trial: only this one; None: all.
         intervals: compute the jackknife too, which takes about as long again.
 
@@ -103,10 +106,24 @@ def _persons_of_regdb(query: Samples, gallery: Samples) -> dict[int, str]:
     return names
 
 
+def rerankings_of(asked: Sequence[str]) -> list[str | None]:
+    """The re-rankings of a table's rows: None, then each that was asked for, followed by its partner.
+
+    The partner re-ranks one query at a time, as a search would. "aim" has none, since it does so itself.
+    """
+    rows = ((name, name + ALONE) if name in ONE_AT_A_TIME else (name,) for name in asked)
+    return list(dict.fromkeys((None, *chain.from_iterable(rows))))
+
+
+def rerank_title(name: str | None) -> str:
+    """What a row's title says of its re-ranking: `, gnn re-ranking, one query at a time`."""
+    return ", {} re-ranking{}{}".format(*name.partition(",")) if name else ""
+
+
 def reranking_of(protocol: Protocol, name: str | None) -> Callable[[Array, Array], Array] | None:
     """The re-ranking function for a protocol; affinity inference uses its paper's neighbourhood sizes."""
     if name != "aim":
-        return RERANKING[name] if name else None
+        return (RERANKING | {key + ALONE: one for key, one in ONE_AT_A_TIME.items()})[name] if name else None
     k1, k2 = 8, 2  # RegDB's; also for LLCM, which is not in the paper
     if protocol.dataset == "sysu":
         k1, k2 = (20, 6) if protocol.shot == 10 else {"all": (4, 1), "indoor": (2, 2)}[protocol.mode]

@@ -10,6 +10,7 @@ from eval_metrics import Metrics, matched
 from evaluation.intervals import MARKED, PRINTED, Jackknife
 from evaluation.methods import Method, Row, difference
 from evaluation.protocols import OWN_GALLERY, Evaluation, Protocol
+from evaluation.scoring import rerank_title
 
 STYLES = ("text", "markdown", "latex")
 COLUMNS = ("rank-1", "rank-5", "rank-10", "rank-20", "mAP", "mINP")
@@ -54,7 +55,7 @@ def results_table(
 def title_of(row: Row) -> str:
     """The protocol of a row, with mirror images and re-ranking."""
     protocol, flip, rerank = row
-    return protocol.row + (", flip" if flip else "") + (f", {rerank} re-ranking" if rerank else "")
+    return protocol.row + (", flip" if flip else "") + rerank_title(rerank)
 
 
 def rows_of(methods: Sequence[Method]) -> list[tuple[str, Row, Method]]:
@@ -170,6 +171,8 @@ def heading(methods: Sequence[Method]) -> list[str]:
     for protocol in dict.fromkeys(protocol for protocol, _ in counts):
         words = _distinct((str(found) for (own, _), found in counts.items() if own == protocol), "; or ")
         lines.append(f"{protocol.row}: {words}")
+    if any(rerank == "aim" for method in methods for _, _, rerank in method.results):
+        lines.append("aim re-ranking: one query at a time it is the same")
     return lines + [f"warning: {warning}" for warning in warnings(counts)] + how_sure(methods)
 
 

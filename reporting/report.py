@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from data_manager import DATASETS
 from evaluation.protocols import Protocol
 from evaluation.rankings import RULES, choose_queries
+from evaluation.scoring import rerank_title
 from evaluation.similarity import Similarities, equal_error_rate, overlap
 from evaluation.tables import COLUMNS, counts_of, per_cent, warnings
 from images import decode
@@ -50,7 +51,7 @@ class Findings:
         self.protocols = self.first.evaluation.protocols
         self.reranks = list(dict.fromkeys(rerank for _, _, rerank in self.first.method.results))
         self.protocol = self.protocols[0]
-        self.ranked = self.first.ranked(self.protocol, self.reranks[-1])
+        self.ranked = self.first.ranked(self.protocol, [None, *self.first.method.args.rerank][-1])
         query, _ = self.first.evaluation.samples[self.protocol, self.first.trial]
         try:
             self.chosen = choose_queries(queries, self.ranked, query.pids).tolist()
@@ -69,7 +70,7 @@ class Findings:
 
     def label(self, each: Evaluated, rerank: str | None) -> str:
         """How a line of a figure or a list of rankings is named."""
-        return each.label + (f", {rerank} re-ranking" if rerank else "")
+        return each.label + rerank_title(rerank)
 
     def cmc(self) -> Figure:
         """CMC curves, of every checkpoint and protocol."""
@@ -192,7 +193,7 @@ def result_rows(findings: Findings) -> list[dict]:
                 rows.append(
                     {
                         "label": each.label,
-                        "protocol": protocol.row + (f", {rerank} re-ranking" if rerank else ""),
+                        "protocol": protocol.row + rerank_title(rerank),
                         "cells": list(zip(per_cent(mean), per_cent(deviation), strict=True)),
                         "counts": {  # over the trials; most are the same in all
                             name: spell({getattr(own, name) for own in counts})

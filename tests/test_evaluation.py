@@ -13,7 +13,7 @@ from eval_metrics import eval_sysu
 from evaluation import embedding
 from evaluation.embedding import TestImages
 from evaluation.protocols import Evaluation, Protocol
-from evaluation.scoring import reranking_of, score
+from evaluation.scoring import rerank_title, reranking_of, rerankings_of, score
 from evaluation.tables import Counts, counts_of, warnings
 from images import read_image
 from reranking import affinity_inference
@@ -179,6 +179,21 @@ def test_affinity_inference_has_the_neighbourhoods_of_the_gallery(protocol, neig
     expected = affinity_inference(*features, *neighbours)
     torch.testing.assert_close(reranking_of(protocol, "aim")(*features), expected)
     assert reranking_of(protocol, None) is None
+
+
+def test_every_re_ranked_row_has_its_partner_one_query_at_a_time():
+    names = rerankings_of(["k-reciprocal", "aim", "gnn"])
+    expected = ["k-reciprocal", "k-reciprocal, one query at a time", "aim", "gnn", "gnn, one query at a time"]
+    assert names == [None, *expected]
+    assert rerankings_of([]) == [None]
+    assert rerank_title(names[2]) == ", k-reciprocal re-ranking, one query at a time"
+    features = [F.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(n))) for n in (5, 40)]
+    for name in (names[2], names[5]):
+        alone, together = (reranking_of(ALL, each) for each in (name, name.partition(",")[0]))
+        torch.testing.assert_close(
+            alone(*features), torch.cat([together(one[None], features[1]) for one in features[0]])
+        )
+        assert (alone(*features) - together(*features)).abs().max() > 1e-3
 
 
 # ---- what the numbers are based on
