@@ -26,7 +26,7 @@ from devices import Processes
 from evaluation.exports import save_features, save_json, save_mat
 from evaluation.flags import RUNTIMES, evaluation_flags
 from evaluation.methods import Method, find_methods
-from evaluation.tables import STYLES, heading, table
+from evaluation.tables import STYLES, camera_scores, camera_table, heading, table
 from utils import Parser, UserError, log, log_to_terminal, refuse_unwritable, run_script
 
 
@@ -46,6 +46,7 @@ def get_args_parser() -> Parser:
         help="what computes the features, on the CPU (default: torch)",
     )
     add("--flip", action="store_true", help="add rows with the mean feature of an image and its mirror")
+    add("--cameras", action="store_true", help="rank-1 and mAP by pair of cameras too, also in --json")
     add = parser.add_argument_group("outputs").add_argument
     add("--format", choices=STYLES, default="text", help="format of the table (default: text)")
     add("--json", metavar="FILE", help="write settings, metrics of every trial, their mean and intervals")
@@ -94,8 +95,11 @@ def main(words: Sequence[str]) -> None:
         return
     first = methods[0]
     print(table(heading(methods), methods, args.format))
+    cameras = camera_scores(methods) if args.cameras else {}
+    if args.cameras:
+        print("", camera_table(cameras, methods, args.format), sep="\n")
     if args.json:
-        save_json(args.json, device, methods)
+        save_json(args.json, device, methods, cameras)
     if args.save_features:
         save_features(args.save_features, first.features, first.evaluation.images())
     if args.save_mat:

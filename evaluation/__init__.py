@@ -5,13 +5,14 @@
     protocols.py    Protocol, and Evaluation: who is searched where in each trial; every image once
     scoring.py      Features, found by path; score(): a Score for each protocol and trial
     embedding.py    TestImages: the images of an evaluation, decoded and embedded once
-    rankings.py     which images are ranked first for each query; rank-1 and mAP by camera pair
+    rankings.py     which images are ranked first for each query
     similarity.py   how alike images of one person and of two are
     flags.py        the command line that test.py and tools.report share
     models.py       checkpoints: which files, with which settings, on which trials
     files.py        the formats of files of features
     features.py     features of any network as an evaluation uses them: matched, checked, told
     methods.py      Method: checkpoints or features under one name, evaluated in the one loop
+    cameras.py      rank-1 and mAP by camera pair
     tables.py       tables, their headings, counts and warnings
     exports.py      JSON, .npz and .mat
 

@@ -10,6 +10,7 @@ import scipy.io
 
 from data_manager import Samples
 from eval_metrics import Metrics
+from evaluation.cameras import CameraScores
 from evaluation.files import mat_file
 from evaluation.intervals import MEASURES, Jackknife
 from evaluation.methods import Method, difference
@@ -51,14 +52,20 @@ def save_mat(folder: str | os.PathLike, features: Features, samples: Iterable[Sa
                 scipy.io.savemat(file, {"feature": cells})
 
 
-def save_json(path: str | os.PathLike, device: object, methods: Sequence[Method]) -> None:
+def save_json(
+    path: str | os.PathLike,
+    device: object,
+    methods: Sequence[Method],
+    cameras: Mapping[str, CameraScores] | None = None,
+) -> None:
     """Write settings, versions, warnings and, for each row of the table, counts and metrics in [0, 1].
 
     intervals and difference (to the first method; null if not paired) are those of evaluation.intervals.
-    With several seeds the metrics of trials are of the mean over seeds.
+    cameras: tables.camera_scores; a row without them has null there, as a pair without a match has for its
+    metrics. With several seeds the metrics of trials are of the mean over seeds.
     """
     rows, counts = [], {}
-    for _, row, method in rows_of(methods):
+    for title, row, method in rows_of(methods):
         found, scores = counts_of(method.evaluation), method.results[row]
         counts |= found
         protocol, flip, rerank = row
@@ -72,6 +79,7 @@ def save_json(path: str | os.PathLike, device: object, methods: Sequence[Method]
             | {"mean": _numbers(scores.mean), "std": _numbers(scores.over_trials)}
             | {"std_over_seeds": _numbers(scores.over_seeds) if len(scores.seeds) > 1 else None}
             | {"intervals": _intervals(scores.jackknife), "difference": _intervals(paired)}
+            | {"cameras": _cameras((cameras or {}).get(title))}
         )
     report = {"checkpoints": [fact for method in methods for fact in method.facts]}
     report |= {"settings": vars(methods[0].args), "versions": versions()}
@@ -89,6 +97,16 @@ def _intervals(jackknife: Jackknife | None) -> dict[str, dict] | None:
         measure: {key: None if np.isnan(value) else value for key, value in own.items()}
         for measure, own in found.items()
     }
+
+
+def _cameras(pairs: CameraScores | None) -> list[dict] | None:
+    if pairs is None:
+        return None
+    return [
+        {"query_camera": query, "gallery_camera": gallery}
+        | {key: None if np.isnan(value) else value for key, value in score._asdict().items()}
+        for (query, gallery), score in pairs.items()
+    ]
 
 
 def _numbers(metrics: Metrics) -> dict[str, object]:

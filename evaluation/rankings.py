@@ -1,4 +1,4 @@
-"""Each query's own ranking and average precision: what the mean hides."""
+"""Each query's own ranking: what the mean hides. The values of a query are those of its Score."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from devices import Array, as_ids, as_tensor
-from eval_metrics import Trial, distance_blocks, evaluate_queries, ignored_pairs, matched
+from eval_metrics import QueryValues, Trial, distance_blocks, ignored_pairs
 
 RULES = {  # why a protocol ignores a gallery image, in short and in full (docs/method.md, section 8)
     "sysu": (
@@ -22,10 +22,8 @@ SHOWN = 10  # images ranked first, and at most so many ignored ones among them
 
 
 class Ranked(NamedTuple):
-    """The rankings of Q queries, with the values that eval_metrics gives them."""
+    """The rankings of Q queries."""
 
-    ap: np.ndarray  # (Q,) float64 average precision; NaN without a match
-    first: np.ndarray  # (Q,) int64 the first match's place, from 1, counted as CMC counts; 0 without a match
     places: list[np.ndarray]  # Q, each (n,) int64 gallery images, nearest first, ignored ones among them
     ignored: list[np.ndarray]  # Q, each (n,) bool
     distances: list[np.ndarray]  # Q, each (n,): 1 - cosine, Euclidean, or re-ranked
@@ -69,11 +67,7 @@ def rank_queries(
             places.append(found)
             ignored.append(mask[k, found])
             distances.append(block[k, found] if rerank else _shown_distances(trial, distance, rows[k], found))
-    if matched(protocol, *trial[2:]).any():
-        values = evaluate_queries(trial, protocol, rerank, distance)
-        return Ranked(values.ap, values.first, places, ignored, distances)
-    nothing = np.full(len(q_pids), np.nan), np.zeros(len(q_pids), np.int64)
-    return Ranked(*nothing, places, ignored, distances)
+    return Ranked(places, ignored, distances)
 
 
 def _nearest(block: torch.Tensor, count: int) -> np.ndarray:
@@ -97,35 +91,16 @@ def _shown_distances(trial: Trial, distance: str, row: int, places: np.ndarray) 
     return found.numpy(force=True)
 
 
-def camera_pairs(
-    trial: Trial, protocol: str, distance: str = "cosine"
-) -> dict[tuple[int, int], tuple[float, float]]:
-    """{(query camera, gallery camera): (rank-1, mAP)} of the one camera's queries in the other's gallery.
-
-    NaN where no query has a match, as in a pair of cameras that the protocol ignores.
-    """
-    result = {}
-    for q_camid in np.unique(trial.q_camids).tolist():
-        for g_camid in np.unique(trial.g_camids).tolist():
-            rows, columns = trial.q_camids == q_camid, trial.g_camids == g_camid
-            part = Trial(*(values[kept] for values, kept in zip(trial, (rows, columns) * 3, strict=True)))
-            result[q_camid, g_camid] = (np.nan, np.nan)
-            if matched(protocol, *part[2:]).any():
-                metrics = evaluate_queries(part, protocol, distance=distance).metrics(1)
-                result[q_camid, g_camid] = float(metrics.cmc[0]), metrics.mAP
-    return result
-
-
 def choose_queries(
-    wanted: Sequence[str], ranked: Ranked, q_pids: np.ndarray, count: int = 8, seed: int = 0
+    wanted: Sequence[str], values: QueryValues, q_pids: np.ndarray, count: int = 8, seed: int = 0
 ) -> np.ndarray:
     """Indices of at most count queries that have a match: worst, best or random ones, or those of pids.
 
     wanted: one of these words, or pids as text; the queries of several pids are taken in turns. Raises
     ValueError naming what is neither, or a pid without such queries.
     """
-    matched = np.flatnonzero(ranked.first > 0)
-    by_ap = matched[np.argsort(ranked.ap[matched], kind="stable")]
+    matched = np.flatnonzero(values.counted)
+    by_ap = matched[np.argsort(values.ap[matched], kind="stable")]
     words = {
         "worst": by_ap,
         "best": by_ap[::-1],

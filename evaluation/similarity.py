@@ -1,6 +1,6 @@
 """How alike images of one identity and of two are, within and across modalities: the modality gap."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ PAIRS = {  # name -> the modalities of a pair's two images
     "infrared-infrared": ("infrared", "infrared"),
     "visible-infrared": ("visible", "infrared"),
 }
-BINS = np.linspace(-1, 1, 81)  # of cosine similarity
+BINS = 80  # of a histogram, from the smallest to the largest similarity
 BLOCK = 4096  # pairs multiplied at a time
 
 
@@ -73,9 +73,22 @@ def _compare(ones: torch.Tensor, others: torch.Tensor, first: np.ndarray, second
     return torch.cat(parts).cpu().numpy()
 
 
+def bins(pairs: Iterable[Similarities]) -> np.ndarray:
+    """(BINS + 1,) edges that hold all of pairs: an untrained network's similarities differ by thousandths."""
+    parts = [values for pair in pairs for values in pair]
+    low, high = min(float(part.min()) for part in parts), max(float(part.max()) for part in parts)
+    margin = max(1e-6, (high - low) * 1e-6)  # the largest has a bin too, as floats round
+    return np.linspace(low - margin, high + margin, BINS + 1)
+
+
+def shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The share of values in each bin."""
+    return np.histogram(values, edges)[0] / len(values)
+
+
 def overlap(pair: Similarities) -> float:
-    """The area that the two histograms over BINS share, in [0, 1]: 0 is apart, 1 alike."""
-    within, between = (np.histogram(values.clip(-1, 1), BINS)[0] / len(values) for values in pair)
+    """The area that the two histograms over bins share, in [0, 1]: 0 is apart, 1 alike."""
+    within, between = (shares(values, bins([pair])) for values in pair)
     return float(np.minimum(within, between).sum())
 
 

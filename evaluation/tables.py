@@ -7,6 +7,7 @@ import numpy as np
 
 from data_manager import BOTH_WAYS, DATASETS
 from eval_metrics import Metrics, matched
+from evaluation.cameras import CameraScores, cameras_of
 from evaluation.intervals import MARKED, PRINTED, Jackknife
 from evaluation.methods import Method, Row, difference
 from evaluation.protocols import OWN_GALLERY, Evaluation, Protocol
@@ -36,6 +37,11 @@ def results_table(
     cells = [["protocol", *COLUMNS, *more]]
     for k, (title, metrics) in enumerate(rows):
         cells.append([title, *per_cent(metrics), *(column[k] for column in more.values())])
+    return aligned(heading, cells, style)
+
+
+def aligned(heading: Sequence[str], cells: Sequence[Sequence[str]], style: str = "text") -> str:
+    """The lines of heading and a table of cells, whose first line names the columns, in one of STYLES."""
     if style == "latex":
         special = str.maketrans({c: "\\" + c for c in "%_&#$"} | {"±": r"$\pm$", "−": "$-$"})
         cells = [[cell.translate(special) for cell in line] for line in cells]
@@ -50,6 +56,27 @@ def results_table(
         begin = [*(f"% {line}" for line in heading), r"\begin{tabular}{l" + "r" * (len(widths) - 1) + "}"]
         return "\n".join([*begin, r"\hline", body[0], r"\hline", *body[1:], r"\hline", r"\end{tabular}"])
     return "\n".join([*heading, *("  ".join(line).rstrip() for line in lines)])
+
+
+def camera_scores(methods: Sequence[Method]) -> dict[str, CameraScores]:
+    """Rank-1 and mAP by pair of cameras of every plain row, by its title; see cameras.cameras_of."""
+    plain = ((title, row[0], method) for title, row, method in rows_of(methods) if row[1:] == (False, None))
+    return {title: cameras_of(method, protocol) for title, protocol, method in plain}
+
+
+def camera_table(found: Mapping[str, CameraScores], methods: Sequence[Method], style: str = "text") -> str:
+    """The table of camera_scores."""
+    cells = [["protocol", "query camera", "gallery camera", "rank-1", "mAP", "queries", "gallery images"]]
+    for title, pairs in found.items():
+        for cameras, score in pairs.items():
+            rates = ["not compared" if np.isnan(rate) else f"{100 * rate:.2f}" for rate in score[:2]]
+            cells.append([title, *map(str, cameras), *rates, *(f"{count:,.6g}" for count in score[2:])])
+    title = DATASETS[methods[0].args.dataset].title
+    # Of several seeds, or models of RegDB's trials, the features of the first alone are kept.
+    parts = any(len(method.sources) > 1 or len(method.sources[0]) > 1 for method in methods)
+    return aligned(
+        [f"{title}, per cent, by pair of cameras{', of the first file' if parts else ''}"], cells, style
+    )
 
 
 def title_of(row: Row) -> str:

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from augmentation import normalize
 from data_manager import Samples
-from eval_metrics import Trial
+from eval_metrics import QueryValues
 from evaluation.methods import Method
 from evaluation.protocols import OWN_GALLERY, Evaluation, Protocol
-from evaluation.rankings import Ranked, camera_pairs, rank_queries
+from evaluation.rankings import Ranked, rank_queries
 from evaluation.scoring import reranking_of
 from evaluation.similarity import Similarities, sample_similarities
 from images import PixelRange, read_image
@@ -64,23 +64,16 @@ class Evaluated:
         args, images = self.method.args, self.method.images
         return args.img_h, args.img_w, images and images.pixel_range
 
-    def trials(self, protocol: Protocol) -> list[Trial]:
-        """What eval_metrics evaluates, of each trial that the features serve."""
-        features, samples = self.method.features, self.evaluation.samples
-        numbers = [t for p, t in samples if p == protocol and (self.shared or t == self.trial)]
-        return [features.trial(*samples[protocol, number]) for number in numbers]
+    def values(self, protocol: Protocol, rerank: str | None = None) -> QueryValues:
+        """What each query of `trial` got when the method was evaluated."""
+        scores = self.method.results[protocol, False, rerank].seeds[0]
+        return next(score.values for score in scores if score.trial == self.trial)
 
     def ranked(self, protocol: Protocol, rerank: str | None = None) -> Ranked:
         """The rankings of `trial`."""
         features = self.method.features
         trial = features.trial(*self.evaluation.samples[protocol, self.trial])
         return rank_queries(trial, protocol.rule, reranking_of(protocol, rerank), features.distance)
-
-    def cameras(self, protocol: Protocol) -> dict[tuple[int, int], tuple[float, float]]:
-        """(rank-1, mAP) by (query camera, gallery camera), mean over the trials that the features serve."""
-        distance = self.method.features.distance
-        found = [camera_pairs(trial, protocol.rule, distance) for trial in self.trials(protocol)]
-        return {pair: tuple(np.mean([each[pair] for each in found], axis=0).tolist()) for pair in found[0]}
 
     def images(self) -> dict[str, Samples]:
         """Every image that the features are of, each once, by modality."""

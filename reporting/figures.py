@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from evaluation.similarity import BINS, Similarities, equal_error_rate, overlap
+from evaluation.cameras import CameraScores
+from evaluation.similarity import Similarities, equal_error_rate, overlap, shares
 from utils import whole_file
 
 INK, PAPER = "#1c2127", "#fefefe"  # in a page: the text's colour and the page's
@@ -77,11 +78,11 @@ def cmc(curves: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Fi
 
     curves: {protocol: {label: (mean (R,), deviation over trials (R,)), in [0, 1]}}.
     """
-    figure, axes = _panels(1, len(curves), 5.2 * len(curves), 3.6)
+    figure, axes = _panels(1, len(curves), 4.4 * len(curves), 3.5)
     for axis, (protocol, lines) in zip(axes[0], curves.items(), strict=True):
         for k, (label, (mean, deviation)) in enumerate(lines.items()):
             ranks, style = np.arange(1, len(mean) + 1), k % len(COLORS)
-            name = textwrap.fill(f"{label}: rank-1 {100 * mean[0]:.2f} %", 36)
+            name = textwrap.fill(f"{label}: rank-1 {100 * mean[0]:.2f} %", 34)
             axis.fill_between(
                 ranks, 100 * (mean - deviation), 100 * (mean + deviation),
                 color=COLORS[style], alpha=0.18, linewidth=0,
@@ -99,65 +100,77 @@ def cmc(curves: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Fi
 
 
 @in_style
-def histogram(pairs: Mapping[str, Mapping[str, Similarities]]) -> Figure:
+def histogram(kinds: Mapping[str, Mapping[str, Similarities]], edges: Mapping[str, np.ndarray]) -> Figure:
     """Similarities within and between identities: a row for each label, a panel for each kind of pair.
 
-    pairs: {label: {kind: Similarities}}, see similarity.sample_similarities.
+    kinds: {kind: {label: Similarities}}, see similarity.sample_similarities. edges: {label: of its bins}, its
+    own, since the similarities of a network before training differ by a thousandth of those after it.
     """
-    kinds = list(dict.fromkeys(kind for those in pairs.values() for kind in those))
-    figure, axes = _panels(len(pairs), len(kinds), 7.4, 0.7 + 1.9 * len(pairs), sharex=True, sharey="row")
-    lowest = min(min(v.min() for v in pair) for those in pairs.values() for pair in those.values())
-    for row, (label, those) in zip(axes, pairs.items(), strict=True):
-        for axis, kind in zip(row, kinds, strict=True):
-            if kind not in those:
+    labels = list(dict.fromkeys(label for those in kinds.values() for label in those))
+    size = max(3.4, 2.5 * len(kinds)), 0.7 + 1.9 * len(labels)
+    figure, axes = _panels(len(labels), len(kinds), *size, sharex="row", sharey="row")
+    for row, label in zip(axes, labels, strict=True):
+        for axis, (kind, those) in zip(row, kinds.items(), strict=True):
+            if label not in those:
                 axis.set_axis_off()
                 continue
-            pair = those[kind]
-            looks = (("between", COLORS[1], "", 0.35), ("within", COLORS[0], "////", 0.35))
-            for name, color, hatch, alpha in looks:
-                share = np.histogram(getattr(pair, name).clip(-1, 1), BINS)[0] / len(getattr(pair, name))
-                axis.stairs(100 * share, BINS, fill=True, facecolor=color, alpha=alpha, hatch=hatch)
-                axis.stairs(100 * share, BINS, color=color, linewidth=1.3, label=f"{name} identities",
+            pair = those[label]
+            for name, color, hatch in (("between", COLORS[1], ""), ("within", COLORS[0], "////")):
+                share = shares(getattr(pair, name), edges[label])
+                axis.stairs(100 * share, edges[label], fill=True, facecolor=color, alpha=0.35, hatch=hatch)
+                axis.stairs(100 * share, edges[label], color=color, linewidth=1.3, label=f"{name} identities",
                             linestyle="-" if name == "within" else "--")  # fmt: skip
             numbers = f"overlap {100 * overlap(pair):.1f} %, EER {100 * equal_error_rate(pair):.1f} %"
             axis.set_title(f"{kind.replace('-', '–')}\n{numbers}")
-            axis.set_xlim(max(-1, math.floor(lowest * 10) / 10), 1)
-        row[0].set_ylabel(f"{label}\npairs (%)" if len(pairs) > 1 else "pairs (%)")
+            axis.set_xlim(edges[label][0], edges[label][-1])
+            axis.xaxis.get_major_locator().set_params(nbins=4)
+            axis.ticklabel_format(axis="x", useOffset=False)
+        row[0].set_ylabel(textwrap.fill(label, 20) + "\npairs (%)" if len(labels) > 1 else "pairs (%)")
     for axis in axes[-1]:
         axis.set_xlabel("cosine similarity")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True)) or dict(
+        zip(*reversed(axes[-1][-1].get_legend_handles_labels()), strict=True)
+    )
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
     return figure
 
 
 @in_style
 def embedding(points: np.ndarray, pids: np.ndarray, modalities: Sequence[str], method: str) -> Figure:
-    """Features in the plane: a colour for each identity and its pid, a mark for each modality.
+    """Features in the plane: lines join an identity's images to its pid, a mark for each modality.
+
+    A colour is used for several identities, those that lie far apart, since nobody tells twenty colours from
+    each other: the lines say who is who.
 
     points: (n, 2); pids: (n,); modalities: n of "visible" and "infrared"; method: what placed the points.
     """
-    figure, axes = _panels(1, 1, 6.6, 5.4)
+    figure, axes = _panels(1, 1, 5, 4.6)
     axis, modalities = axes[0, 0], np.array(modalities)
     known = np.unique(pids)
-    shades = matplotlib.colormaps["turbo"](np.linspace(0.06, 0.94, len(known)))
-    shades = shades[np.argsort(np.arange(len(known)) * 7 % max(1, len(known)), kind="stable")]  # apart
-    for pid, shade in zip(known, shades, strict=True):
-        for modality, mark, fill in (("visible", "o", shade), ("infrared", "^", (0, 0, 0, 0))):
-            own = points[(pids == pid) & (modalities == modality)]
-            edge, line = (INK, 0.5) if modality == "visible" else (shade, 1.4)
-            axis.scatter(*own.T, 26, marker=mark, facecolors=[fill], edgecolors=[edge], linewidths=line)
-    for pid in known:
+    centers = np.stack([np.median(points[pids == pid], axis=0) for pid in known])
+    shades = np.array(COLORS)[far_apart(centers, len(COLORS))]
+    for pid, center, shade in zip(known, centers, shades, strict=True):
         own = points[pids == pid]
-        middle = own[np.square(own - np.median(own, axis=0)).sum(1).argmin()]
-        halo = [withStroke(linewidth=2.5, foreground=PAPER)]
+        lines = np.stack([own, np.broadcast_to(center, own.shape), np.full(own.shape, np.nan)], 1)
+        axis.plot(*lines.reshape(-1, 2).T, color=shade, linewidth=0.6, alpha=0.6, zorder=1)
+        for modality, mark, fill in (("visible", "o", shade), ("infrared", "^", "none")):
+            part = points[(pids == pid) & (modalities == modality)]
+            axis.scatter(*part.T, 24, marker=mark, facecolors=fill, edgecolors=shade, linewidths=1.2)
+    span = np.ptp(points, axis=0).clip(1e-12)
+    inches = np.array([4.6, 3.8])  # of the axes, about: labels are placed as if these were exact
+    sizes = np.array([[0.085 * len(str(pid)) + 0.04, 0.13] for pid in known]) * span / inches
+    for pid, center, place in zip(known, centers, free_places(centers, sizes), strict=True):
         axis.annotate(
-            str(pid), middle, (4, 4), textcoords="offset points", fontsize=8, weight="bold", path_effects=halo
-        )
+            str(pid), center, place, ha="center", va="center", fontsize=8, weight="bold", zorder=5,
+            path_effects=[withStroke(linewidth=2.5, foreground=PAPER)],
+            arrowprops={"arrowstyle": "-", "linewidth": 0.6, "color": INK, "shrinkA": 4, "shrinkB": 0},
+        )  # fmt: skip
     for modality, mark in (("visible", "o"), ("infrared", "^")):
         axis.scatter(
             [], [], marker=mark, facecolors=INK if mark == "o" else "none", edgecolors=INK, label=modality
         )
-    axis.set(title=f"{method} of {len(points)} images of {len(known)} identities, each labelled with its pid")
+    axis.set(title=f"{method} of {len(points)} images of {len(known)} identities, each with its pid")
+    axis.margins(0.08)
     axis.set_xticks([], [])
     axis.set_yticks([], [])
     axis.spines[:].set_visible(False)
@@ -165,21 +178,60 @@ def embedding(points: np.ndarray, pids: np.ndarray, modalities: Sequence[str], m
     return figure
 
 
+def far_apart(centers: np.ndarray, count: int) -> np.ndarray:
+    """(n,) of count colours, for centers (n, 2): each time the colour whose nearest bearer is farthest."""
+    chosen = np.full(len(centers), -1)
+    for k in range(len(centers)):
+        distances = np.linalg.norm(centers - centers[k], axis=1)
+        nearest = [distances[chosen == color].min(initial=np.inf) for color in range(count)]
+        chosen[k] = int(np.argmax(nearest))
+    return chosen
+
+
+def free_places(centers: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """(n, 2) middles of labels of those sizes (n, 2) near centers (n, 2), none of which covers another.
+
+    Tried are ever wider rings around a center; a label has an empty place sooner or later.
+    """
+    places: list[np.ndarray] = []
+    step = sizes.max(0)
+    for k, center in enumerate(centers):
+        taken, room = np.array(places).reshape(-1, 2), (sizes[:k] + sizes[k]) / 2
+        for ring in range(len(centers) + 1):
+            angles = np.arange(8 * ring + 1) / (8 * ring + 1) * 2 * np.pi + np.pi / 4
+            tried = center + step * (ring + 0.4) * np.stack([np.cos(angles), np.sin(angles)], 1)
+            free = (np.abs(tried[:, None] - taken) >= room).any(2).all(1)
+            if free.any():
+                places.append(tried[free.argmax()])
+                break
+    return np.array(places)
+
+
 @in_style
-def cameras(pairs: Mapping[tuple[int, int], tuple[float, float]]) -> Figure:
-    """Rank-1 and mAP by camera pair as two heat maps; pairs: {(query, gallery): (rank-1, mAP) in [0, 1]}."""
-    rows, columns = (sorted({pair[side] for pair in pairs}) for side in (0, 1))
-    figure, axes = _panels(1, 2, max(4.6, 1.8 + 1.5 * len(columns)), 1.3 + 0.55 * len(rows))
-    for axis, name, which in zip(axes[0], ("rank-1 (%)", "mAP (%)"), (0, 1), strict=True):
-        values = np.array([[100 * pairs[row, column][which] for column in columns] for row in rows])
+def cameras(measures: Mapping[str, CameraScores]) -> Figure:
+    """Heat maps by camera pair, with the numbers that each value stands on; measures: of "rank-1", "mAP"."""
+    both = [sorted({pair[side] for pairs in measures.values() for pair in pairs}) for side in (0, 1)]
+    rows, columns = both
+    size = len(measures) * max(3.4, 1.6 + 0.75 * len(columns)), 1.5 + 0.6 * len(rows)
+    figure, axes = _panels(1, len(measures), *size)
+    for axis, (name, pairs) in zip(axes[0], measures.items(), strict=True):
+        grid = [[pairs.get((row, column)) for column in columns] for row in rows]
+        values = np.array(
+            [[getattr(score, name.replace("-", "_")) if score else np.nan for score in line] for line in grid]
+        )
+        values *= 100
         low, high = (np.nan_to_num(bound(values)) for bound in (np.nanmin, np.nanmax))
-        axis.imshow(values, cmap="cividis", vmin=low - 5, vmax=high + 5, aspect="auto")
+        heat = axis.imshow(values, cmap="cividis", vmin=low - 0.5, vmax=high + 0.5, aspect="auto")
+        figure.colorbar(heat, ax=axis, label=f"{name} (%)").outline.set_visible(False)
         for (y, x), value in np.ndenumerate(values):
-            text, color = (f"{value:.1f}", "#ffffff" if value < (low + high) / 2 else "#000000")
+            score, color = grid[y][x], "#ffffff" if value < (low + high) / 2 else "#000000"
+            text = "none"
             if np.isnan(value):
-                text, color = "none", INK
-            axis.text(x, y, text, ha="center", va="center", color=color)
-        axis.set(title=name, xlabel="gallery camera", ylabel="query camera")
+                color = INK
+            else:
+                text = f"{value:.1f}\n{score.queries:,.6g} × {score.gallery:,.6g}"
+            axis.text(x, y, text, ha="center", va="center", color=color, fontsize=7.5)
+        axis.set(title=f"{name}; queries × gallery images", xlabel="gallery camera", ylabel="query camera")
         axis.set_xticks(range(len(columns)), columns)
         axis.set_yticks(range(len(rows)), rows)
         axis.grid(False)
@@ -232,32 +284,39 @@ def overlay(image: np.ndarray, activation: np.ndarray) -> np.ndarray:
 
 
 @in_style
-def curves(runs: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
+def curves(quantities: Mapping[str, Mapping[str, Mapping[int, float]]]) -> Figure:
     """Learning curves: a panel for each quantity, a line for each run.
 
-    runs: {label: {quantity: {epoch: value}}}.
+    quantities: {quantity: {label: {epoch: value}}}. A run with a single value, as of a network that was not
+    trained, is no curve: it is a level line across the panel.
     """
-    names = list(dict.fromkeys(name for those in runs.values() for name in those))
-    last = max(max(curve) for those in runs.values() for curve in those.values())
-    columns = min(4, len(names))
-    rows = math.ceil(len(names) / columns)
-    figure, axes = _panels(rows, columns, 8.6, 0.5 + 1.75 * rows + 0.18 * len(runs))
-    for axis in axes.flat[len(names) :]:
+    labels = list(dict.fromkeys(label for those in quantities.values() for label in those))
+    columns = min(4, len(quantities))
+    rows = math.ceil(len(quantities) / columns)
+    size = max(3.4, 2.15 * columns), 0.7 + 1.75 * rows + 0.18 * len(labels)
+    figure, axes = _panels(rows, columns, *size)
+    handles = {}
+    for axis in axes.flat[len(quantities) :]:
         axis.set_axis_off()
-    for axis, name in zip(axes.flat, names, strict=False):
-        for k, (label, those) in enumerate(runs.items()):
-            curve, style = those.get(name, {}), k % len(COLORS)
-            axis.plot(
-                list(curve), list(curve.values()), color=COLORS[style], linestyle=DASHES[style], label=label,
-                marker=MARKS[style] if len(curve) < 12 else "", markersize=3,
-            )  # fmt: skip
+    for axis, (name, those) in zip(axes.flat, quantities.items(), strict=False):
+        last = max(max(curve) for curve in those.values())
+        for label, curve in those.items():
+            k = labels.index(label)
+            style = {"color": COLORS[k % len(COLORS)], "linestyle": DASHES[k % len(COLORS)], "label": label}
+            if len(curve) == 1:
+                handles[label] = axis.axhline(*curve.values(), linewidth=1, **style)
+            else:
+                mark = MARKS[k % len(COLORS)] if len(curve) < 12 else ""
+                (handles[label],) = axis.plot(
+                    *zip(*curve.items(), strict=True), marker=mark, markersize=3, **style
+                )
         axis.set_title(f"{name} (%)" if name in ("rank-1", "mAP", "mINP") else name)
         axis.xaxis.get_major_locator().set_params(integer=True, nbins=4)
         axis.set_xlim(0, last + 0.5)
         if name != "rate":
             axis.set_ylim(bottom=0)
-    for axis in axes.flat[max(0, len(names) - columns) : len(names)]:
+    for axis in axes.flat[max(0, len(quantities) - columns) : len(quantities)]:
         axis.set_xlabel("epoch")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=1)
+    if len(labels) > 1 or len(quantities) > 1:
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=1)
     return figure

@@ -1,8 +1,10 @@
 """The report: one HTML page of everything that an evaluation tells, which needs no network and no server."""
 
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
@@ -10,13 +12,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from data_manager import DATASETS
-from evaluation.protocols import Protocol
-from evaluation.rankings import RULES, choose_queries
-from evaluation.scoring import rerank_title
-from evaluation.similarity import Similarities, equal_error_rate, overlap
+from evaluation.cameras import CameraScores, cameras_of
+from evaluation.rankings import RULES, Ranked, choose_queries
+from evaluation.similarity import Similarities, bins
 from evaluation.tables import COLUMNS, counts_of, per_cent, warnings
 from images import decode
-from reporting import figures, sprites
+from reporting import figures, rows, sprites
+from reporting.comparing import Listed, most_confused
 from reporting.evaluated import Evaluated
 from utils import UserError, log, whole_file
 
@@ -34,29 +36,55 @@ MISSING = {  # why there may be nothing to draw
     "ranking": "the file of features names no images",
     "activation": "features come without the network that made them",
     "histogram": "no pairs of images of one identity and of two to compare",
-    "curves": "no history (RUN.jsonl) of these runs where they were trained or beside them: set --log-path",
+    "curves": "no history (RUN.jsonl) of these runs of two epochs or more where they were trained or beside "
+    "them: set --log-path",
 }
+
+
+class Panels(NamedTuple):
+    """A figure that falls into panels: a file has all of them side by side, the page lets them wrap."""
+
+    draw: Callable[[Mapping], Figure]
+    titled: Mapping[str, object]  # what draw takes, by the panel's title
 
 
 class Findings:
     """What the figures and the page are made of, each part computed once, when it is first asked for.
 
-    everyone: the checkpoints; rankings, embedding, cameras and activations are of the first of them, and of
-    its first protocol. queries: which the ranking figure shows, see rankings.choose_queries; UserError for
+    everyone: the checkpoints; rankings as a figure, embedding and activations are of the first of them, and
+    of its first protocol. queries: which the ranking figure shows, see rankings.choose_queries; UserError for
     those that are not there.
     """
 
     def __init__(self, everyone: Sequence[Evaluated], queries: Sequence[str]):
         self.everyone, self.first = everyone, everyone[0]
-        self.protocols = self.first.evaluation.protocols
-        self.reranks = list(dict.fromkeys(rerank for _, _, rerank in self.first.method.results))
-        self.protocol = self.protocols[0]
-        self.ranked = self.first.ranked(self.protocol, [None, *self.first.method.args.rerank][-1])
-        query, _ = self.first.evaluation.samples[self.protocol, self.first.trial]
+        self.lists = [
+            Listed(protocol, each, rerank)
+            for protocol in dict.fromkeys(p for each in everyone for p in each.evaluation.protocols)
+            for each in everyone
+            for row, _, rerank in each.method.results
+            if row == protocol
+        ]
+        self.protocol = self.lists[0].protocol
+        self._ranked: dict[int, Ranked] = {}
+        # The figure's list is the first method's last: re-ranked where that was asked for.
+        rerank = [None, *self.first.method.args.rerank][-1]
+        own = (k for k, listed in enumerate(self.lists) if listed.each is self.first)
+        self.pictured = next(
+            k for k in own if (self.lists[k].protocol, self.lists[k].rerank) == (self.protocol, rerank)
+        )
+        listed = self.lists[self.pictured]
         try:
-            self.chosen = choose_queries(queries, self.ranked, query.pids).tolist()
+            self.chosen = choose_queries(queries, listed.values, listed.samples[0].pids).tolist()
         except ValueError as error:
             raise UserError(f"--queries: {error}") from error
+
+    def ranked(self, k: int) -> Ranked:
+        """The rankings of the k-th of lists."""
+        if k not in self._ranked:
+            protocol, each, rerank = self.lists[k]
+            self._ranked[k] = each.ranked(protocol, rerank)
+        return self._ranked[k]
 
     @cached_property
     def similarities(self) -> dict[str, dict[str, Similarities]]:
@@ -64,66 +92,81 @@ class Findings:
         return {each.label: each.similarities() for each in self.everyone}
 
     @cached_property
-    def by_camera(self) -> dict[tuple[int, int], tuple[float, float]]:
-        """Rank-1 and mAP by camera pair."""
-        return self.first.cameras(self.protocol)
+    def by_camera(self) -> dict[str, CameraScores]:
+        """Of every checkpoint with the first's protocol, by its label; without re-ranking."""
+        those = (each for each in self.everyone if self.protocol in each.evaluation.protocols)
+        return {each.label: cameras_of(each.method, self.protocol) for each in those}
 
-    def label(self, each: Evaluated, rerank: str | None) -> str:
-        """How a line of a figure or a list of rankings is named."""
-        return each.label + rerank_title(rerank)
+    @cached_property
+    def confused(self) -> tuple[list[str], list]:
+        """Labels of the lists that search as the first does, and the identities that they confuse most."""
+        same = [k for k, listed in enumerate(self.lists) if listed.searches_as(self.lists[0])]
+        lists = [self.lists[k] for k in same]
+        return [each.label for each in lists], most_confused(lists, [self.ranked(k) for k in same])
 
-    def cmc(self) -> Figure:
+    def cmc(self) -> Panels:
         """CMC curves, of every checkpoint and protocol."""
-        curves = {}
-        for protocol in self.protocols:
-            lines = curves[protocol.title] = {}
-            for each in self.everyone:
-                for rerank in self.reranks:
-                    scores = each.method.results[protocol, False, rerank]
-                    lines[self.label(each, rerank)] = scores.mean.cmc, scores.over_trials.cmc
-        return figures.cmc(curves)
+        curves: dict[str, dict] = {}
+        for listed in self.lists:
+            scores = listed.each.method.results[listed.protocol, False, listed.rerank]
+            lines = curves.setdefault(listed.protocol.title, {})
+            lines[listed.label] = scores.mean.cmc, scores.over_trials.cmc
+        return Panels(figures.cmc, curves)
 
     def ranking(self) -> Figure | None:
         """The chosen queries, re-ranked where that was asked for; None where the images are not known."""
         if not self.first.pictured:
             return None
-        rows = self.first.ranking(self.protocol, self.chosen, self.ranked)
-        return figures.images(rows, ["query", *map(str, range(1, max(map(len, rows))))])
+        own = self.first.ranking(self.protocol, self.chosen, self.ranked(self.pictured))
+        return figures.images(own, ["query", *map(str, range(1, max(map(len, own))))])
 
-    def histogram(self) -> Figure | None:
-        """Similarities of every checkpoint that has some; None if none has."""
-        pairs = {label: own for label, own in self.similarities.items() if own}
-        return figures.histogram(pairs) if pairs else None
+    def histogram(self) -> Panels | None:
+        """Similarities of every checkpoint that has some, by kind of pair; None if none has."""
+        kinds: dict[str, dict[str, Similarities]] = {}
+        for label, pairs in self.similarities.items():
+            for kind, pair in pairs.items():
+                kinds.setdefault(kind, {})[label] = pair
+        edges = {label: bins(pairs.values()) for label, pairs in self.similarities.items() if pairs}
+        return Panels(partial(figures.histogram, edges=edges), kinds) if kinds else None
 
     def embedding(self) -> Figure:
         """Features of twenty identities."""
         return figures.embedding(*self.first.embedding())
 
-    def cameras(self) -> Figure:
-        """Heat maps of by_camera."""
-        return figures.cameras(self.by_camera)
+    def cameras(self) -> Panels:
+        """Heat maps of the first checkpoint's by_camera."""
+        scores = self.by_camera[self.first.label]
+        return Panels(figures.cameras, {"rank-1": scores, "mAP": scores})
 
     def activation(self) -> Figure | None:
         """Activation maps of four identities; None without a network."""
         rows = self.first.activations()
         return figures.images(rows) if rows else None
 
-    def curves(self) -> Figure | None:
-        """Learning curves of the runs whose history was found; None if none was."""
-        runs = {own.label: own.history.curves for own in self.everyone if own.history and own.history.curves}
-        return figures.curves(runs) if runs else None
+    def curves(self) -> Panels | None:
+        """Learning curves of the runs whose history was found, by quantity; None if none is a curve."""
+        found: dict[str, dict[str, dict[int, float]]] = {}
+        for own in self.everyone:
+            for name, curve in own.history.curves.items() if own.history else ():
+                found.setdefault(name, {})[own.label] = curve
+        found = {name: lines for name, lines in found.items() if max(map(len, lines.values())) > 1}
+        return Panels(figures.curves, found) if found else None
 
-    def draw(self, name: str) -> Figure | None:
-        """The figure of that name in FIGURES."""
-        return getattr(self, name)()
 
-
-def write_figures(findings: Findings, names: Iterable[str], folder: Path) -> dict[str, Figure]:
-    """Write each figure as PNG and PDF; {name: figure} of those that could be drawn."""
-    drawn = {name: figure for name in names if (figure := findings.draw(name)) is not None}
-    for name, figure in drawn.items():
-        figures.save(figure, folder, name)
+def write_figures(findings: Findings, names: Iterable[str], folder: Path) -> dict[str, Panels | Figure]:
+    """Write each figure as PNG and PDF; {name: what it is made of} of those that could be drawn."""
+    drawn = {name: found for name in names if (found := getattr(findings, name)()) is not None}
+    for name, found in drawn.items():
+        figures.save(found.draw(found.titled) if isinstance(found, Panels) else found, folder, name)
     return drawn
+
+
+def pictures(found: Panels | Figure) -> list[Markup]:
+    """A figure for the page, each panel of it alone."""
+    panels = [found]
+    if isinstance(found, Panels):
+        panels = [found.draw({title: part}) for title, part in found.titled.items()]
+    return [Markup(figures.svg(panel)) for panel in panels]
 
 
 def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]], workers: int) -> Path:
@@ -137,23 +180,27 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}  # a tenth of the page is numbers
     drawn = write_figures(findings, FIGURES, folder)
+    scores = findings.lists[0].each.method.results[findings.protocol, False, None].mean
+    confused_by, confused = findings.confused
     context = {
         "title": DATASETS[findings.protocol.dataset].title,
         "findings": findings,
         # The page lists rankings itself: their figure is for elsewhere.
-        "figures": {name: Markup(figures.svg(drawn[name])) for name in drawn if name != "ranking"},
+        "figures": {name: pictures(found) for name, found in drawn.items() if name != "ranking"},
         "alternatives": FIGURES,
         "missing": MISSING,
         "columns": COLUMNS,
-        "results": result_rows(findings),
-        "similarities": [
-            row for label, pairs in findings.similarities.items() for row in pair_rows(label, pairs)
-        ],
-        "cameras": camera_rows(findings.by_camera),
-        "settings": setting_rows(findings.everyone),
+        "tiles": dict(zip(COLUMNS, per_cent(scores), strict=True)),
+        "results": rows.result_rows(findings.lists),
+        "side_by_side": rows.side_by_side(findings.lists),
+        "confused_by": confused_by,
+        "confused": rows.confused_rows(confused),
+        "similarities": rows.pair_rows(findings.similarities),
+        "cameras": rows.camera_rows(findings.by_camera),
+        "settings": rows.setting_rows(findings.everyone),
         "facts": facts,
         "made_with": [(own.label, own.history.facts) for own in findings.everyone if own.history],
-        "selections": [(each.label, selection(each)) for each in findings.everyone],
+        "selections": [(each.label, rows.selection(each)) for each in findings.everyone],
         "notes": list(
             filter(None, [findings.first.evaluation.short, *warnings(counts_of(findings.first.evaluation))])
         ),
@@ -169,98 +216,22 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
     return path
 
 
-def selection(each: Evaluated) -> str:
-    """Where a checkpoint is, which epoch it is of, and how that was chosen."""
-    file = each.method.facts[0]
-    if "features" in file:
-        return f"{file['path']}: {file['features']}"
-    saved = file["args"]
-    epochs = f" of {saved['epochs']}" if "epochs" in saved else ""
-    chosen = file.get("selection", "how it was chosen is unknown")
-    return f"{file['path']}, epoch {file.get('epoch', 'unknown')}{epochs}; {chosen}"
-
-
-def result_rows(findings: Findings) -> list[dict]:
-    """The metrics table: per cent as test.py prints them, their deviation, and what they stand on."""
-    rows = []
-    counts_of_all = [counts_of(each.evaluation) for each in findings.everyone]
-    for protocol in findings.protocols:
-        for each, found in zip(findings.everyone, counts_of_all, strict=True):
-            counts = [own for (p, _), own in found.items() if p == protocol]
-            for rerank in findings.reranks:
-                scores = each.method.results[protocol, False, rerank]
-                mean, deviation = scores.mean, scores.over_trials
-                rows.append(
-                    {
-                        "label": each.label,
-                        "protocol": protocol.row + rerank_title(rerank),
-                        "cells": list(zip(per_cent(mean), per_cent(deviation), strict=True)),
-                        "counts": {  # over the trials; most are the same in all
-                            name: spell({getattr(own, name) for own in counts})
-                            for name in ("counted", "queries", "gallery", "identities")
-                        },
-                        "trials": len(scores.by_trial),
-                    }
-                )
-    return rows
-
-
-def spell(numbers: set[int]) -> str:
-    """One number, or the range of several."""
-    return "–".join(f"{number:,}" for number in sorted({min(numbers), max(numbers)}))
-
-
-def pair_rows(label: str, pairs: dict[str, Similarities]) -> list[tuple]:
-    """Lines of the table of similarities: label, kind, pairs, means, overlap and equal-error rate."""
-    return [
-        (
-            label,
-            kind.replace("-", "–"),
-            f"{len(pair.within):,} / {len(pair.between):,}",
-            f"{pair.within.mean():.3f}",
-            f"{pair.between.mean():.3f}",
-            f"{100 * overlap(pair):.1f}",
-            f"{100 * equal_error_rate(pair):.1f}",
-        )
-        for kind, pair in pairs.items()
-    ]
-
-
-def camera_rows(pairs: dict[tuple[int, int], tuple[float, float]]) -> list[tuple]:
-    """Lines of the table by camera pair: query camera, gallery camera, rank-1, mAP in per cent."""
-    return [
-        (*cameras, *("not compared" if np.isnan(score) else f"{100 * score:.2f}" for score in scores))
-        for cameras, scores in pairs.items()
-    ]
-
-
-def setting_rows(everyone: Sequence[Evaluated]) -> list[tuple[str, list[str], bool]]:
-    """(flag, each checkpoint's value, whether they differ), the flags in alphabetical order."""
-    saved = [each.method.facts[0].get("args", {}) for each in everyone]
-    rows = []
-    for key in sorted({key for own in saved for key in own}):
-        values = [own.get(key, "unknown") for own in saved]
-        texts = [" ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for v in values]
-        rows.append(("--" + key.replace("_", "-"), texts, len(set(texts)) > 1))
-    return rows
-
-
 def browser(findings: Findings, workers: int) -> dict:
     """What report.js shows: thumbnails in sheets, and the rankings of every checkpoint and protocol."""
-    images: dict[str, tuple] = {}  # path -> pid, camid, modality
-    for each in findings.everyone:
-        for protocol in findings.protocols:
-            for samples in each.evaluation.samples[protocol, each.trial]:
-                ids = zip(samples.pids.tolist(), samples.camids.tolist(), strict=True)
-                images |= {
-                    path: (*own, samples.modality) for path, own in zip(samples.paths, ids, strict=True)
-                }
-    number = {path: k for k, path in enumerate(images)}
+    # (path, or of unknown images the method too) -> pid, camid, modality; those with pixels come first.
+    images: dict[tuple[str, ...], tuple] = {}
+    for protocol, each, _ in sorted(findings.lists, key=lambda listed: not listed.each.pictured):
+        for samples in each.evaluation.samples[protocol, each.trial]:
+            ids = zip(samples.pids.tolist(), samples.camids.tolist(), strict=True)
+            images |= {
+                key: (*own, samples.modality) for key, own in zip(keys(each, samples.paths), ids, strict=True)
+            }
+    number = {key: k for k, key in enumerate(images)}
     *size, pixel_range = findings.first.size
     height, width = sprites.thumbnail_size(len(images), *size)
-    batches = decode(list(images), height, width, workers, pixel_range=pixel_range)
-    if not findings.first.pictured:
-        batches = (np.full((1, height, width, 3), 224, np.uint8) for _ in images)
+    known = [key[0] for key in images if len(key) == 1]
+    grey = (np.full((1, height, width, 3), 224, np.uint8) for _ in range(len(images) - len(known)))
+    batches = chain(decode(known, height, width, workers, pixel_range=pixel_range) if known else (), grey)
     pids, camids, modalities = zip(*images.values(), strict=True)
     return {
         "pids": pids,
@@ -269,34 +240,38 @@ def browser(findings: Findings, workers: int) -> dict:
         "thumbnail": [height, width],
         "sheet": [sprites.COLUMNS, sprites.ROWS],
         "sheets": sprites.sheets(batches),
-        "lists": [
-            {"title": f"{findings.label(each, rerank)}; {protocol.row}", "rule": RULES[protocol.rule]}
-            | ranking_lines(each, protocol, rerank, number)
-            for protocol in findings.protocols
-            for each in findings.everyone
-            for rerank in findings.reranks
-        ],
+        "lists": [ranking_lines(findings, k, number) for k in range(len(findings.lists))],
     }
 
 
-def ranking_lines(each: Evaluated, protocol: Protocol, rerank: str | None, number: dict[str, int]) -> dict:
+def keys(each: Evaluated, paths: Sequence[str]) -> list[tuple[str, ...]]:
+    """What an image is known by: its path, or in a file that names no images its place in that file."""
+    return [(path,) if each.pictured else (path, each.label) for path in paths]
+
+
+def ranking_lines(findings: Findings, k: int, number: dict[tuple[str, ...], int]) -> dict:
     """The rankings of a trial for report.js: queries, and what is ranked first for each of them.
 
-    kinds: for each query a letter for each image: r(ight), w(rong) or i(gnored).
+    search: the first list with the same queries and gallery. kinds: for each query a letter for each image:
+    r(ight), w(rong) or i(gnored).
     """
-    ranked = each.ranked(protocol, rerank)
-    query, gallery = each.evaluation.samples[protocol, each.trial]
-    g_numbers = np.array([number[path] for path in gallery.paths])
+    listed, ranked = findings.lists[k], findings.ranked(k)
+    (query, gallery), values = listed.samples, listed.values
+    g_numbers = np.array([number[key] for key in keys(listed.each, gallery.paths)])
     kinds, distances = [], []
     for q, (places, ignored) in enumerate(zip(ranked.places, ranked.ignored, strict=True)):
         right = gallery.pids[places] == query.pids[q]
         kinds.append("".join(np.where(ignored, "i", np.where(right, "r", "w")).tolist()))
         distances.append([round(value, 3) for value in ranked.distances[q].tolist()])
     return {
-        "trial": each.trial,
-        "queries": [number[path] for path in query.paths],
-        "ap": [None if np.isnan(value) else round(value, 4) for value in ranked.ap.tolist()],
-        "first": ranked.first.tolist(),
+        "title": f"{listed.label}; {listed.protocol.row}",
+        "label": listed.label,
+        "rule": RULES[listed.protocol.rule],
+        "search": next(i for i, other in enumerate(findings.lists) if other.searches_as(listed)),
+        "trial": listed.each.trial,
+        "queries": [number[key] for key in keys(listed.each, query.paths)],
+        "ap": [None if np.isnan(value) else round(value, 4) for value in values.ap.tolist()],
+        "first": values.first.tolist(),
         "images": [g_numbers[places].tolist() for places in ranked.places],
         "kinds": kinds,
         "distances": distances,

@@ -1,5 +1,6 @@
 """results/: rankings and similarities against naive loops, and what the figures and the sheets show."""
 
+import argparse
 import base64
 import io
 import json
@@ -9,23 +10,33 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 from PIL import Image
 
 from augmentation import normalize
+from data_manager import Samples
 from engine.events import Board, augmentation_grid
-from eval_metrics import Trial, eval_features, ignored_pairs
+from eval_metrics import QueryValues, Trial, eval_features, evaluate_queries, ignored_pairs
 from evaluation import rankings
+from evaluation.cameras import CameraScore, camera_pairs, cameras_of
+from evaluation.features import FeatureFile
+from evaluation.methods import Method
 from evaluation.protocols import Evaluation, Protocol
-from evaluation.rankings import camera_pairs, choose_queries, rank_queries
+from evaluation.rankings import choose_queries, rank_queries
 from evaluation.scoring import Features
 from evaluation.similarity import (
     Similarities,
+    bins,
     equal_error_rate,
     overlap,
     sample_similarities,
 )
 from model import TwoStreamResNet
 from reporting import figures, sprites
+from reporting.comparing import Listed, confused, most_confused, outcomes
+from reporting.evaluated import Evaluated
 from reporting.learning import history_file, read_history
 from reporting.views import activation_maps, embed
 from utils import UserError, log
@@ -56,17 +67,14 @@ def in_order(q_camid, g_camids):
 
 
 @pytest.mark.parametrize("protocol", ["sysu", "regdb", "llcm"])
-def test_the_queries_together_give_the_metrics(protocol, rng):
+def test_a_list_begins_with_a_match_where_the_values_say_so(protocol, rng):
     for _ in range(5):
         trial = random_trial(rng)
-        ranked = rank_queries(trial, protocol)
-        metrics = eval_features(*trial, protocol)
-        matched = ranked.first > 0
-        assert 0 < matched.sum() < len(matched)
-        assert np.isnan(ranked.ap).tolist() == (~matched).tolist()
-        assert ranked.ap[matched].mean() == pytest.approx(metrics.mAP, abs=1e-12)
-        curve = [(ranked.first[matched] <= rank).mean() for rank in range(1, 21)]
-        np.testing.assert_allclose(curve, metrics.cmc, atol=1e-12)
+        ranked, values = rank_queries(trial, protocol), evaluate_queries(trial, protocol)
+        assert 0 < values.counted.sum() < len(values.counted)
+        for q in np.flatnonzero(values.counted):
+            first = ranked.places[q][~ranked.ignored[q]][0]
+            assert (trial.q_pids[q] == trial.g_pids[first]) == (values.first[q] == 1)
 
 
 def listed(distances, ignored):
@@ -123,27 +131,114 @@ def test_camera_pairs_are_the_metrics_of_their_part(rng):
     found = camera_pairs(trial, "sysu")
     assert set(found) == {(q, g) for q in (3, 6) for g in (1, 2, 3, 6)}
     kept = trial.q_camids == 6, trial.g_camids == 1
-    part = eval_features(*(values[rows] for values, rows in zip(trial, kept * 3, strict=True)), "sysu")
-    assert found[6, 1] == pytest.approx((part.cmc[0], part.mAP))
-    assert np.isnan(found[3, 2]).all()  # never compared
+    part = [values[rows] for values, rows in zip(trial, kept * 3, strict=True)]
+    metrics = eval_features(*part, "sysu")
+    counted = sum(pid in part[3] for pid in part[2])
+    assert 0 < counted < len(part[2])
+    assert found[6, 1] == pytest.approx((metrics.cmc[0], metrics.mAP, counted, len(part[3])))
+    assert np.isnan(found[3, 2][:2]).all()  # never compared
+    assert found[3, 2][2:] == (0, (trial.g_camids == 2).sum())
+
+
+def method_of(rng, trials=(0, 1), files=1, dataset="sysu"):
+    """A method of random features, evaluated: a query and a gallery of four identities in each trial."""
+    query, gallery = (
+        Samples([f"{m}{k}" for k in range(24)], np.arange(24) % 4, rng.choice(cameras, 24), m)
+        for m, cameras in (("infrared", (3, 6)), ("visible", (1, 2)))
+    )
+    drawn = {}
+    for trial in trials:
+        rows = rng.permutation(24)[:12]
+        part = Samples([gallery.paths[k] for k in rows], gallery.pids[rows], gallery.camids[rows], "visible")
+        drawn[Protocol(dataset, "all"), trial] = query, part
+    evaluation = Evaluation(drawn)
+    features = Features.of_images(
+        evaluation.images(),
+        {
+            m: F.normalize(torch.from_numpy(rng.normal(size=(len(s), 8))).float())
+            for m, s in evaluation.images().items()
+        },
+    )
+    own = [FeatureFile("x", features, [t] if files > 1 else list(trials), "random") for t in trials[:files]]
+    method = Method("x", argparse.Namespace(dataset=dataset, rerank=[]), [own], evaluation)
+    method.evaluate(torch.device("cpu"))
+    return method
+
+
+def test_camera_pairs_are_averaged_over_the_trials_that_the_features_serve(rng):
+    (protocol,) = (method := method_of(rng)).evaluation.protocols
+    each = [
+        camera_pairs(method.features.trial(*method.evaluation.samples[protocol, t]), "sysu") for t in (0, 1)
+    ]
+    found = cameras_of(method, protocol)
+    pair = next(p for p in found if all(own[p].queries for own in each) and each[0][p] != each[1][p])
+    assert found[pair] == pytest.approx(np.mean([own[pair] for own in each], axis=0))
+    own = method_of(rng, files=2, dataset="regdb")  # a model for each trial: the first one's features
+    first = own.evaluation.samples[own.evaluation.protocols[0], 0]
+    assert cameras_of(own, own.evaluation.protocols[0]) == camera_pairs(own.features.trial(*first), "regdb")
 
 
 def test_queries_are_chosen(rng):
     trial = random_trial(rng)
-    ranked, q_pids = rank_queries(trial, "sysu"), trial.q_pids
-    matched = ranked.first > 0
-    worst, best = (choose_queries([word], ranked, q_pids, 5) for word in ("worst", "best"))
-    assert ranked.ap[worst].tolist() == np.sort(ranked.ap[matched])[:5].tolist()
-    assert ranked.ap[best].tolist() == np.sort(ranked.ap[matched])[::-1][:5].tolist()
-    random = choose_queries(["random"], ranked, q_pids, 5)
+    values, q_pids = evaluate_queries(trial, "sysu"), trial.q_pids
+    worst, best = (choose_queries([word], values, q_pids, 5) for word in ("worst", "best"))
+    assert values.ap[worst].tolist() == np.sort(values.ap[values.counted])[:5].tolist()
+    assert values.ap[best].tolist() == np.sort(values.ap[values.counted])[::-1][:5].tolist()
+    random = choose_queries(["random"], values, q_pids, 5)
     assert len(set(random.tolist())) == 5
-    assert matched[random].all()
-    both = choose_queries(["3", "5"], ranked, q_pids, 4)
+    assert values.counted[random].all()
+    both = choose_queries(["3", "5"], values, q_pids, 4)
     assert q_pids[both].tolist() == [3, 5, 3, 5]
-    assert matched[both].all()
+    assert values.counted[both].all()
     for wrong, message in (("0", "no query of pid 0"), ("wurst", "wurst is neither")):
         with pytest.raises(ValueError, match=message):
-            choose_queries([wrong], ranked, q_pids)
+            choose_queries([wrong], values, q_pids)
+
+
+# ---- methods side by side
+
+
+def test_two_methods_are_paired_query_by_query():
+    first, second = (
+        QueryValues(np.zeros(6), np.zeros(6), np.array(places))
+        for places in ([1, 1, 2, 3, 1, 0], [1, 4, 1, 2, 2, 0])
+    )
+    assert outcomes(first, second) == {"both": 1, "first": 2, "second": 1, "neither": 1}
+
+
+def test_identities_are_confused_where_another_is_ranked_first(rng):
+    method = method_of(rng, trials=(0,))
+    listed = Listed(method.evaluation.protocols[0], Evaluated("x", method, None), None)
+    ranked = listed.each.ranked(listed.protocol)
+    query, gallery = listed.samples
+    expected: dict = {}
+    distances = 1 - (method.features.of(query) @ method.features.of(gallery).T).numpy()
+    for q in np.flatnonzero(listed.values.counted):
+        near = distances[q] + np.where((query.camids[q] == 3) & (gallery.camids == 2), 9, 0)
+        pair = int(query.pids[q]), int(gallery.pids[near.argmin()])
+        expected[pair] = expected.get(pair, 0) + (pair[0] != pair[1])
+    expected = {pair: number for pair, number in expected.items() if number}
+    assert len(expected) > 2
+    assert confused(listed, ranked) == expected
+    assert sum(expected.values()) == (listed.values.first > 1).sum()
+    rows = most_confused([listed, listed], [ranked, ranked], most=2)
+    assert [counts for _, _, counts in rows] == [[n, n] for n in sorted(expected.values())[::-1][:2]]
+    pair, queries, _ = rows[0]
+    assert queries == (query.pids[listed.values.counted] == pair[0]).sum()
+
+
+def test_only_what_searches_the_same_is_paired(rng):
+    one, other = method_of(rng, trials=(0,)), method_of(rng, trials=(0,))
+    protocol = one.evaluation.protocols[0]
+    first, second = (Listed(protocol, Evaluated("x", method, None), None) for method in (one, other))
+    assert first.searches_as(first)
+    assert not first.searches_as(second)  # another gallery
+    same = Method("y", one.args, one.sources, Evaluation(dict(one.evaluation.samples)))
+    assert first.searches_as(Listed(protocol, Evaluated("y", same, None), None))
+    query, gallery = first.samples
+    renamed = Samples(query.paths, query.pids + 1, query.camids, query.modality)  # as files without paths may
+    same.evaluation.samples[protocol, 0] = renamed, gallery
+    assert not first.searches_as(Listed(protocol, Evaluated("y", same, None), None))
 
 
 # ---- similarities
@@ -180,6 +275,9 @@ def test_overlap_and_equal_error_rate():
     alike = Similarities(np.linspace(-0.9, 0.9, 999), np.linspace(-0.9, 0.9, 999))
     assert overlap(alike) == pytest.approx(1)
     assert equal_error_rate(alike) == pytest.approx(0.5, abs=0.01)
+    narrow = Similarities(np.array([0.9998, 0.9999]), np.array([0.9993, 0.9995]))
+    assert (overlap(narrow), equal_error_rate(narrow)) == (0, 0)  # as before training
+    assert overlap(Similarities(np.ones(3), np.ones(2))) == 1
     quarter = Similarities(np.array([0.1, 0.6, 0.7, 0.8]), np.array([0.0, 0.2, 0.3, 0.65]))
     assert equal_error_rate(quarter) == 0.25  # at 0.6: 0.1 lies below, 0.65 above
 
@@ -288,6 +386,9 @@ def test_tsne_keeps_groups_together(rng):
 # ---- figures
 
 
+CAMERAS = {(3, 1): CameraScore(0.5, 0.25, 1234, 8), (3, 2): CameraScore(np.nan, np.nan, 0, 7)}
+
+
 def every_figure(rng):
     pair = Similarities(rng.normal(0.6, 0.1, 300), rng.normal(0, 0.1, 300))
     curve = np.linspace(0.5, 1, 20), np.full(20, 0.02)
@@ -295,14 +396,17 @@ def every_figure(rng):
     kinds = ["query", "right", "wrong", "ignored", ""]
     return {
         "cmc": figures.cmc({"SYSU, all": {"A": curve, "B": curve}, "SYSU, indoor": {"A": curve}}),
-        "histogram": figures.histogram({"A": {"visible-infrared": pair, "visible-visible": pair}, "B": {}}),
+        "histogram": figures.histogram(
+            {"visible-infrared": {"A": pair}, "visible-visible": {"A": pair, "B": pair}},
+            {"A": bins([pair]), "B": bins([pair])},
+        ),
         "embedding": figures.embedding(
             rng.normal(size=(8, 2)), np.repeat([11, 22], 4), ["visible", "infrared"] * 4, "PCA"
         ),
-        "cameras": figures.cameras({(3, 1): (0.5, 0.25), (3, 2): (np.nan, np.nan)}),
+        "cameras": figures.cameras({"rank-1": CAMERAS, "mAP": CAMERAS}),
         "images": figures.images([[(image, kind, f"is {kind}") for kind in kinds], [(image, "", "alone")]]),
         "curves": figures.curves(
-            {"A": {"loss": {1: 2.0, 2: 1.0}, "mAP": {2: 50.0}}, "B": {"loss": {1: 3.0}}}
+            {"loss": {"A": {1: 2.0, 2: 1.0}, "B": {1: 3.0}}, "mAP": {"A": {2: 50.0, 4: 60.0}}}
         ),
     }
 
@@ -310,8 +414,8 @@ def every_figure(rng):
 def test_each_figure_becomes_files_and_a_picture_in_the_page(rng, tmp_path):
     words = {
         "cmc": ["A: rank-1 50.00 %", "SYSU, indoor"], "histogram": ["visible–infrared", "within identities"],
-        "embedding": ["infrared", "PCA of 8 images of 2 identities, each labelled with its pid"],
-        "cameras": ["50.0", "25.0", "none"],
+        "embedding": ["infrared", "PCA of 8 images of 2 identities, each with its pid"],
+        "cameras": ["50.0", "25.0", "none", "1,234 × 8", "rank-1 (%)", "mAP (%)"],
         "images": ["✓ is right", "✗ is wrong", "– is ignored", "alone"], "curves": ["loss", "mAP (%)", "B"],
     }  # fmt: skip
     for name, figure in every_figure(rng).items():
@@ -346,10 +450,56 @@ def test_right_and_wrong_differ_in_shape_as_in_colour(rng):
     assert len({text.get_text() for text in axis.texts}) == 3
 
 
+def test_no_label_of_the_embedding_covers_another(rng):
+    """Not even where identities lie on one another; and the labels stay in the figure."""
+    middles = rng.normal(size=(20, 2)).repeat(2, axis=0)
+    points = middles.repeat(4, axis=0) + rng.normal(size=(160, 2)) / 99
+    figure = figures.embedding(points, np.arange(1000, 1040).repeat(4), ["visible", "infrared"] * 80, "PCA")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    labels = [text for text in figure.axes[0].texts if text.get_text().isdecimal()]
+    assert len(labels) == 40
+    boxes = [Text.get_window_extent(text, renderer) for text in labels]  # without the line to the point
+    assert not [1 for k, box in enumerate(boxes) for other in boxes[:k] if box.overlaps(other)]
+
+
+def test_one_colour_is_for_identities_that_lie_far_apart():
+    pairs = np.array([[0, 0], [9, 0], [0, 9], [0, 1], [9, 1], [0, 8]], float)
+    colors = figures.far_apart(pairs, 3)
+    assert set(colors) == {0, 1, 2}
+    near = [k for k in range(6) for j in range(k) if np.linalg.norm(pairs[k] - pairs[j]) < 2]
+    assert near == [3, 4, 5]
+    assert all(colors[k] != colors[k - 3] for k in near)
+    assert len(set(figures.far_apart(pairs[:3], 3))) == 3  # as many as there are, while there are enough
+
+
+def test_the_histogram_of_an_untrained_network_is_not_a_line(rng):
+    pairs = {
+        "trained": Similarities(rng.normal(0.6, 0.1, 300), rng.normal(0, 0.1, 300)),
+        "untrained": Similarities(1 - rng.random(300) / 1e4, 1 - rng.random(300) / 1e4),
+    }
+    edges = {label: bins([pair]) for label, pair in pairs.items()}
+    figure = figures.histogram({"visible-infrared": pairs}, edges)
+    for axis in figure.axes:
+        low, high = axis.get_xlim()
+        for steps in axis.patches:
+            values, steps_at, _ = steps.get_data()
+            seen = steps_at[:-1][values > 0]
+            assert np.ptp(seen) > 0.3 * (high - low)
+
+
+def test_one_value_is_a_level_and_no_dot():
+    figure = figures.curves({"mAP": {"trained": {2: 20.0, 4: 40.0}, "untrained": {0: 10.0}}})
+    curve, level = figure.axes[0].lines
+    assert curve.get_xydata().tolist() == [[2, 20], [4, 40]]
+    assert (level.get_ydata(), level.get_xdata(), level.get_marker()) == ([10.0, 10.0], [0, 1], "None")
+    assert [text.get_text() for text in figure.legends[0].texts] == ["trained", "untrained"]
+
+
 def test_a_figure_that_cannot_be_written_is_told(rng, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*file/cameras\.png"):
-        figures.save(figures.cameras({(3, 1): (0.5, 0.25)}), tmp_path / "file", "cameras")
+        figures.save(figures.cameras({"mAP": CAMERAS}), tmp_path / "file", "cameras")
     assert os.listdir(tmp_path) == ["file"]
 
 

@@ -18,7 +18,8 @@ from conftest import REPOSITORY, run_script
 
 import synthetic
 from checkpoints import load_checkpoint, save_checkpoint
-from data_manager import Samples
+from data_manager import Samples, read_split
+from evaluation.cameras import cameras_of
 from evaluation.features import FeatureFile
 from evaluation.methods import Method, find_methods
 from evaluation.protocols import Evaluation, Protocol
@@ -90,10 +91,16 @@ def rows_of(text):
     return [[html.unescape(re.sub(r"<[^>]*>", "", cell)).strip() for cell in row] for row in cells]
 
 
-def test_the_numbers_are_those_of_test_py(page, runs, sysu, tmp_path):
+def load_test_py():
+    """test.py as a module, which Python's own `test` would hide."""
     spec = importlib.util.spec_from_file_location("test_script", REPOSITORY / "test.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_the_numbers_are_those_of_test_py(page, runs, sysu, tmp_path):
+    script = load_test_py()
     rows = {(row[0], row[1]): row[2:] for row in rows_of((page / "index.html").read_text())}
     assert len(rows) == 6  # plain, re-ranked, re-ranked one query at a time
     for path, label in zip(runs, ("best", "last"), strict=True):
@@ -155,7 +162,8 @@ def test_each_figure_lies_beside_the_page(page):
         "index.html", *(f"{name}.{suffix}" for name in FIGURES for suffix in ("png", "pdf")),
     }  # fmt: skip
     text = (page / "index.html").read_text()
-    assert text.count("<svg") == len(FIGURES) - 1  # the page has a browser of rankings instead of a figure
+    assert text.count("<figure>") == len(FIGURES) - 1  # it has a browser of rankings instead of a figure
+    assert text.count("<svg") > text.count("<figure>")  # a panel alone, so that a narrow screen wraps them
 
 
 def test_figures_alone(report_here, runs, sysu, tmp_path):
@@ -267,7 +275,7 @@ def shown(chromium):
     """The page's rows of queries: (pid, camera, AP in per cent or None, kinds of the images)."""
     return chromium.js(
         """[...document.querySelectorAll("#queries > li")].map((line) => {
-            const words = line.querySelector(".query").textContent;
+            const words = line.textContent;
             const number = (pattern) => (words.match(pattern) ? Number(words.match(pattern)[1]) : null);
             return [number(/pid (\\d+)/), number(/camera (\\d+)/), number(/AP ([\\d.]+)/),
                 [...line.querySelectorAll(".ranks > li")].map((item) => item.className[0]).join("")];
@@ -361,7 +369,7 @@ def test_filters_change_what_is_shown(chromium, page):
 def test_a_keyboard_alone_reaches_everything(chromium, page):
     chromium.open(page / "index.html")
     name = "(e => e.id || e.getAttribute('aria-label') || e.getAttribute('href') || e.textContent)"
-    focusable = "a[href], button:not(:disabled), select, input, summary, [tabindex]"
+    focusable = "a[href], button:not([tabindex='-1']), select, input, summary, [tabindex='0']"
     wanted = chromium.js(
         f"[...document.querySelectorAll('{focusable}')].filter((e) => e.checkVisibility()).map({name})"
     )
@@ -377,6 +385,23 @@ def test_a_keyboard_alone_reaches_everything(chromium, page):
     chromium.js("document.getElementById('order').focus()")
     chromium.press("ArrowDown")
     assert shown(chromium) != before
+    chromium.js("document.querySelector('#queries .thumb').focus()")
+    for key, pattern in (("ArrowDown", "1: (right|wrong)"), ("ArrowDown", "2:"), ("ArrowUp", "1:")):
+        chromium.press(key)  # from the query through its images
+        assert re.match(f"{pattern}|ignored", chromium.js(f"{name}(document.activeElement)"))
+    chromium.press("Enter")
+    assert chromium.js("document.getElementById('enlarged').open")
+    chromium.js("document.querySelector('#enlarged button').focus()")
+    chromium.press("Enter")
+    assert not chromium.js("document.getElementById('enlarged').open")
+    assert chromium.js("document.activeElement.className") == "thumb"  # where it was
+    chromium.js("document.getElementById('next').focus()")
+    for _ in range(len(data_of((page / "index.html").read_text())["lists"][0]["queries"]) // 10):
+        chromium.press("Enter")
+    assert chromium.js("document.activeElement.id") == "next"  # on the last page, too
+    chromium.js("document.getElementById('previous').focus()")
+    for _ in range(9):
+        chromium.press("Enter")
     chromium.js("document.getElementById('next').focus()")
     chromium.press("Enter")
     assert "page 2" in chromium.js("document.getElementById('page').textContent")
@@ -396,7 +421,7 @@ def test_a_screen_reader_is_told_everything(chromium, page):
         if role in ("image", "img", "combobox", "checkbox", "searchbox", "button", "table") and not name
     ]
     assert unnamed == []
-    images = [name for role, name in nodes if role in ("image", "img")]
+    images = [name for role, name in nodes if role == "button"]
     assert any(
         re.fullmatch(r"1: (right|wrong), pid \d+, camera \d, distance \d\.\d{3}", name) for name in images
     )
@@ -406,6 +431,225 @@ def test_a_screen_reader_is_told_everything(chromium, page):
     )
     assert levels[0] == 1
     assert all(after - before <= 1 for before, after in pairwise(levels))
+
+
+# ---- methods side by side
+
+
+def write_features(root, path, noise, seed):
+    """Features of every test image: a code of its identity and noise."""
+    rng = np.random.default_rng(seed)
+    codes, arrays = rng.normal(size=(1000, 16)), {}
+    for modality, samples in read_split("sysu", root, "test").items():
+        features = codes[samples.pids] + noise * rng.normal(size=(len(samples), 16))
+        arrays |= {
+            f"{modality}_features": features / np.linalg.norm(features, axis=1, keepdims=True),
+            f"{modality}_paths": np.array(samples.paths),
+            f"{modality}_pids": samples.pids,
+            f"{modality}_camids": samples.camids,
+        }
+    np.savez(path, **arrays)
+
+
+@pytest.fixture(scope="module")
+def compared(sysu, tmp_path_factory):
+    """The page of three files of features, and the evaluated methods."""
+    folder, patch = tmp_path_factory.mktemp("compared"), pytest.MonkeyPatch()
+    paths = [folder / f"{name}.npz" for name in "abc"]
+    for k, path in enumerate(paths):
+        write_features(sysu, path, 2 + k / 2, k)
+    patch.setattr(results_report, "FIGURES", {"cmc": "curves"})
+    words = ["--features", *map(str, paths), "--dataset", "sysu", "--data-path", str(sysu), *MACHINE]
+    report.main([*words, "--output", str(folder / "out")])
+    patch.undo()
+    methods = find_methods(report.get_args_parser, [*words, "--output", "x"])
+    for method in methods:
+        method.evaluate(torch.device("cpu"))
+    return folder / "out" / "index.html", methods
+
+
+def values_of(method):
+    """The values of trial 0 under the first protocol."""
+    return method.results[method.evaluation.protocols[0], False, None].seeds[0][0].values
+
+
+OUTCOMES = {"both": (1, 1), "first": (1, 0), "second": (0, 1), "neither": (0, 0)}
+
+
+def test_the_page_pairs_every_method_with_the_first(compared):
+    path, methods = compared
+    a, *others = (values_of(method) for method in methods)
+    text = path.read_text()
+    section = text[text.index('<section id="side-by-side"') : text.index('<section id="rankings"')]
+    rows = rows_of(section)
+    assert [row[:2] for row in rows] == [["a", "b"], ["a", "c"]]
+    for row, other in zip(rows, others, strict=True):
+        right = np.stack([a.first == 1, other.first == 1], 1)
+        expected = [int((right == pair).all(1)[a.counted].sum()) for pair in OUTCOMES.values()]
+        assert list(map(int, row[3:])) == expected
+        assert min(expected) > 0
+
+
+def test_the_cameras_are_the_same_in_text_json_and_page(compared, sysu, tmp_path, capsys):
+    path, methods = compared
+    files = [method.name for method in methods[:2]]
+    words = ["--features", *files, "--dataset", "sysu", "--data-path", str(sysu), *MACHINE]
+    load_test_py().main([*words, "--cameras", "--rerank", "k-reciprocal", "--json", str(tmp_path / "r.json")])
+    told = capsys.readouterr().out.split("by pair of cameras\n")[1].splitlines()
+    assert re.split(" {2,}", told[0])[1:] == [
+        "query camera", "gallery camera", "rank-1", "mAP", "queries", "gallery images",
+    ]  # fmt: skip
+    text = path.read_text()
+    page = rows_of(text[text.index('<section id="cameras"') :])
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [row["cameras"] is None for row in results] == [row["rerank"] is not None for row in results]
+    found = [own for row in results for own in row["cameras"] or ()]
+    expected = [
+        (pair, score)
+        for method in methods[:2]
+        for pair, score in cameras_of(method, method.evaluation.protocols[0]).items()
+    ]
+    assert len(told) - 1 == len(found) == len(expected) == 2 * len(page) / 3
+    assert any(own["mAP"] is None for own in found)
+    for line, own, row, (pair, score) in zip(told[1:], found, page, expected, strict=False):
+        assert re.split(" {2,}", line)[1:] == row[1:]
+        assert (own["query_camera"], own["gallery_camera"]) == pair == (int(row[1]), int(row[2]))
+        assert (own["queries"], own["gallery"]) == score[2:] == (float(row[5]), float(row[6]))
+        for name, cell, value in zip(("rank_1", "mAP"), row[3:5], score[:2], strict=True):
+            assert own[name] == (None if np.isnan(value) else value)
+            assert cell == ("not compared" if np.isnan(value) else f"{100 * value:.2f}")
+    load_test_py().main([*words, "--json", str(tmp_path / "r.json")])  # without the flag: the one table
+    assert "cameras" not in capsys.readouterr().out
+    assert not any(row["cameras"] for row in json.loads((tmp_path / "r.json").read_text())["results"])
+
+
+@in_browser
+def test_a_number_shows_its_queries_with_both_rankings(chromium, compared):
+    path, _ = compared
+    chromium.open(path)
+    data = data_of(path.read_text())
+    for row, other in ((1, 1), (2, 2)):
+        a, b = data["lists"][0], data["lists"][other]
+        for outcome, wanted in OUTCOMES.items():
+            button = f"#side-by-side tbody tr:nth-child({row}) [data-outcome={outcome}]"
+            number = int(chromium.js(f"document.querySelector('{button}').textContent"))
+            chromium.js(f"document.querySelector('{button}').click()")
+            status = chromium.js("document.getElementById('status').textContent")
+            assert status.startswith(f"{number} of {len(a['queries'])} queries of trial 0")
+            places = [q for q, (one, two) in enumerate(zip(a["first"], b["first"], strict=True))
+                      if one and ((one == 1), (two == 1)) == wanted]  # fmt: skip
+            assert len(places) == number
+            lines = chromium.js(
+                "[...document.querySelectorAll('#queries > li')].map((line) => [...line.querySelectorAll("
+                "'.results > *')].map((part) => part.tagName === 'P' ? part.textContent : "
+                "[...part.children].map((item) => item.className[0]).join('')))"
+            )
+            for q, line in zip(places, lines, strict=False):
+                assert [line[1], line[3]] == [a["kinds"][q], b["kinds"][q]]
+                for text, name, own in ((line[0], f"A: {a['label']}", a), (line[2], f"B: {b['label']}", b)):
+                    ap = f"AP {100 * own['ap'][q]:.1f} %, first right: {own['first'][q]}"
+                    assert text == f"{name}, {ap}"
+    choose(chromium, "outcome", "all")
+    choose(chromium, "order", "gain")
+    gains = [a["ap"][q] - b["ap"][q] for q in range(len(a["queries"])) if a["first"][q]]
+    first = chromium.js("document.querySelector('#queries .results').textContent")
+    aps = [float(number) for number in re.findall(r"AP ([\d.]+) %", first)]
+    assert aps[0] - aps[1] == pytest.approx(100 * max(gains), abs=0.11)
+    choose(chromium, "other", "")  # what asks for two is gone
+    assert chromium.js("document.getElementById('order').value") == "dataset"
+    assert chromium.js("document.querySelectorAll('#queries > li:first-child .ranks').length") == 1
+    assert list(problems(chromium.events)) == []
+
+
+@in_browser
+def test_the_identities_most_confused_lead_to_their_rankings(chromium, compared):
+    path, _ = compared
+    text = path.read_text()
+    rows = rows_of(text[text.index('<section id="confused"') :])
+    lists = data_of(text)["lists"]
+    pids = data_of(text)["pids"]
+    assert 0 < len(rows) <= 10
+    totals = [sum(map(int, row[3:])) for row in rows]
+    assert totals == sorted(totals, reverse=True)
+    for pid, other, queries, *counts in rows:
+        for number, own in zip(counts, lists, strict=True):
+            first = [images[kinds.replace("i", "-").index(kinds.replace("i", "")[0])]
+                     for images, kinds in zip(own["images"], own["kinds"], strict=True)]  # fmt: skip
+            taken = [(pids[q], pids[g]) for q, g in zip(own["queries"], first, strict=True)]
+            assert taken.count((int(pid), int(other))) == int(number)
+            assert [pids[q] for q in own["queries"]].count(int(pid)) == int(queries)
+    chromium.open(path)
+    chromium.js("document.querySelector('#confused .count').click()")
+    assert {line[0] for line in shown(chromium)} == {int(rows[0][0])}
+    assert all(line[3].replace("i", "")[0] == "w" for line in shown(chromium))
+
+
+@in_browser
+def test_columns_are_sorted(chromium, compared):
+    path, _ = compared
+    chromium.open(path)
+    column = chromium.js(
+        "[...document.querySelectorAll('#results th')].findIndex((e) => e.textContent === 'mAP')"
+    )
+    rows = "[...document.querySelectorAll('#results tbody tr')]"
+    cells = f"{rows}.map((e) => parseFloat(e.cells[{column}].textContent))"
+    values = chromium.js(cells)
+    head = f"document.querySelectorAll('#results th')[{column}]"
+    for order in ("ascending", "descending", "ascending"):
+        chromium.js(f"{head}.querySelector('button').focus()")
+        chromium.press("Enter")
+        assert chromium.js(cells) == sorted(values, reverse=order == "descending")
+        assert chromium.js(f"{head}.ariaSort") == order
+        assert chromium.js("document.activeElement.textContent") == "mAP"
+    chromium.js("document.querySelectorAll('#results th button')[0].click()")
+    labels = "[...document.querySelectorAll('#results tbody th')].map((e) => e.textContent)"
+    assert chromium.js(labels) == ["a", "b", "c"]
+    cameras = "#cameras tbody tr"
+    numbers = f"[...document.querySelectorAll('{cameras}')].map((e) => parseFloat(e.cells[3].textContent))"
+    chromium.js("document.querySelectorAll('#cameras thead button')[3].click()")
+    found = chromium.js(numbers)
+    assert None in found  # a pair that is not compared
+    known = [number for number in found if number is not None]
+    assert found == sorted(known) + [None] * (len(found) - len(known))
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_cut_on_a_narrow_screen(chromium, compared, scheme):
+    chromium.open(compared[0], 360, 800, scheme)
+    chromium.js("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+    assert chromium.js("document.documentElement.scrollWidth") <= 360
+    parts = "[...document.querySelectorAll('.scroll')]"
+    cut = f"{parts}.filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.ariaLabel)"
+    assert chromium.js(cut) == []
+    cell = "document.querySelector('#results td:nth-child(3)')"
+    assert chromium.js(f"getComputedStyle({cell}, '::before').content") == '"rank-1"'
+    nodes = chromium.call("Accessibility.getFullAXTree")["nodes"]
+    roles = {node["role"]["value"] for node in nodes if not node["ignored"]}
+    assert {"table", "row", "columnheader", "rowheader", "cell"} <= roles  # it still is a table
+
+
+@in_browser
+def test_a_click_enlarges(chromium, compared):
+    chromium.open(compared[0])
+    large = "document.querySelector('#enlarged .thumb:last-of-type').getBoundingClientRect().height"
+    small = chromium.js("document.querySelector('#queries .ranks .thumb').getBoundingClientRect().height")
+    label = chromium.js("document.querySelector('#queries .ranks .thumb').ariaLabel")
+    chromium.js("document.querySelector('#queries .ranks .thumb').click()")
+    assert chromium.js("document.querySelector('#enlarged').open")
+    assert chromium.js(large) > 1.5 * small
+    captions = chromium.js("[...document.querySelectorAll('#enlarged figcaption')].map((e) => e.textContent)")
+    assert captions[0].startswith("query: pid ")
+    assert captions[1:] == [label]
+    assert chromium.js("document.querySelector('#enlarged').scrollHeight") <= 900
+    chromium.js("document.querySelector('#enlarged').close()")
+    chromium.js(
+        "document.querySelector('#results figure svg').dispatchEvent(new Event('click', {bubbles: true}))"
+    )
+    assert chromium.js("document.querySelectorAll('#enlarged svg').length") == 1
+    wide = "document.querySelector('#enlarged svg').clientWidth"
+    assert chromium.js(wide) > 1.5 * chromium.js("document.querySelector('#results svg').clientWidth")
+    assert list(problems(chromium.events)) == []
 
 
 # ---- SYSU-MM01's size
