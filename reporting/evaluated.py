@@ -19,9 +19,10 @@ from evaluation.similarity import Similarities, sample_similarities
 from images import PixelRange, read_image
 from reporting.figures import overlay
 from reporting.learning import History
-from reporting.views import activation_maps, embed
+from reporting.views import embed, position_powers, similarity_map
 from utils import UserError
 
+AVERAGED = 64  # images of a modality that make the average image
 Picture = tuple[np.ndarray, str, str]  # an image, its kind and its caption, as figures.images has them
 
 
@@ -106,23 +107,49 @@ class Evaluated:
         points, method = embed(np.concatenate(parts))
         return points, np.array(owners), modalities, method
 
-    def activations(self, identities: int = 4, count: int = 2) -> list[list[Picture]] | None:
-        """A row for each identity: visible, then infrared images, each beside its map; None: no network."""
-        if self.method.network is None:
+    def maps(self, protocol: Protocol, queries: Sequence[int], ranked: Ranked) -> list[list[Picture]] | None:
+        """A row for each of queries: it and the image ranked first, then its first match, each with its map.
+
+        The maps of a pair show where their similarity comes from, see views.similarity_map; None: no network.
+        """
+        network = self.method.network
+        if network is None:
             return None
-        images = self.images()
-        device = next(self.method.network.parameters()).device
+        device = next(network.parameters()).device
+
+        def look(paths: Sequence[str], modality: str) -> tuple[list[np.ndarray], torch.Tensor, torch.Tensor]:
+            images = [read_image(path, *self.size) for path in paths]
+            batch = normalize(torch.from_numpy(np.stack(images)).to(device))
+            return images, *position_powers(network, batch, modality)
+
+        query, gallery = self.evaluation.samples[protocol, self.trial]
+        means = {
+            samples.modality: look(spread(np.array(samples.paths), AVERAGED), samples.modality)[1].mean(0)
+            for samples in (query, gallery)
+        }
         rows = []
-        for pid in spread(
-            np.intersect1d(*(samples.pids for samples in images.values())), identities
-        ).tolist():
+        for q in queries:
+            places = ranked.places[q][~ranked.ignored[q]]
+            right = gallery.pids[places] == query.pids[q]
             row = []
-            for modality, samples in images.items():
-                for k in spread(np.flatnonzero(samples.pids == pid), count).tolist():
-                    image = read_image(samples.paths[k], *self.size).copy()  # torch wants it writable
-                    batch = normalize(torch.from_numpy(image[None]).to(device))
-                    heat = overlay(image, activation_maps(self.method.network, batch, modality)[0])
-                    row += [(image, "", f"pid {pid}, cam {samples.camids[k]}"), (heat, "", modality)]
+            for g in dict.fromkeys([places[0], *places[right][:1]]):
+                maps, pictures = [], []
+                for samples, k in ((query, q), (gallery, g)):
+                    pictures.append(look([samples.paths[k]], samples.modality))
+                for (image, powers, _), samples, other in zip(
+                    pictures, (query, gallery), (pictures[1][2][0], pictures[0][2][0]), strict=True
+                ):
+                    found = similarity_map(network, powers[0], means[samples.modality], other)
+                    maps.append(F.interpolate(found[None, None], image[0].shape[:2], mode="bilinear")[0, 0])
+                strongest = torch.stack(maps).abs().max().clamp(min=1e-12)
+                kinds = "query", "right" if gallery.pids[g] == query.pids[q] else "wrong"
+                captions = (
+                    f"pid {query.pids[q]}, cam {query.camids[q]}",
+                    f"pid {gallery.pids[g]}, {float(pictures[0][2][0] @ pictures[1][2][0]):.2f}",
+                )
+                for (image, _, _), heat, kind, caption in zip(pictures, maps, kinds, captions, strict=True):
+                    row.append((image[0], kind, caption))
+                    row.append((overlay(image[0], (heat / strongest).cpu().numpy()), "", "where"))
             rows.append(row)
         return rows
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -242,7 +243,7 @@ def cameras(measures: Mapping[str, CameraScores]) -> Figure:
 
 @in_style
 def images(rows: Sequence[Sequence[tuple[np.ndarray, str, str]]], heading: Sequence[str] = ()) -> Figure:
-    """Rows of images: of rankings, or of activation maps.
+    """Rows of images: of rankings, or with maps beside them.
 
     rows: (image (H, W, 3) uint8, kind in KINDS or "", caption under it) each; rows may be short. heading:
     what stands above the columns. A right image has a whole frame and a tick, a wrong one a dashed frame and
@@ -275,12 +276,12 @@ def images(rows: Sequence[Sequence[tuple[np.ndarray, str, str]]], heading: Seque
     return figure
 
 
-def overlay(image: np.ndarray, activation: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) uint8 in grey with an activation map (H, W) in [0, 1] over it."""
-    grey = image.mean(axis=2, keepdims=True)
-    heat = 255 * matplotlib.colormaps["inferno"](activation)[..., :3]
-    weight = 0.25 + 0.5 * activation[..., None]
-    return ((1 - weight) * grey + weight * heat).round().astype(np.uint8)
+def overlay(image: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """An image (H, W, 3) uint8 in grey; orange where parts (H, W), in [-1, 1], adds, blue where it takes away."""
+    grey = np.broadcast_to(image.mean(axis=2, keepdims=True), image.shape)
+    hue = np.where(parts[..., None] > 0, *(255 * np.array(to_rgb(COLORS[k])) for k in (1, 0)))
+    weight = 0.85 * np.abs(parts)[..., None]
+    return ((1 - weight) * grey + weight * hue).round().astype(np.uint8)
 
 
 @in_style

@@ -28,17 +28,18 @@ FIGURES = {  # in the page's order: what each shows, as a screen reader says it
     "histogram": "similarity of pairs of images within and between identities, by modality",
     "embedding": "features of some identities in the plane",
     "cameras": "rank-1 and mAP by pair of query and gallery camera",
-    "activation": "images in both modalities, each beside a map of where the network is active",
+    "maps": "queries and gallery images, each beside a map of where their similarity comes from",
     "curves": "learning curves of the runs",
 }
 
 MISSING = {  # why there may be nothing to draw
     "ranking": "the file of features names no images",
-    "activation": "features come without the network that made them",
+    "maps": "features come without the network that made them",
     "histogram": "no pairs of images of one identity and of two to compare",
     "curves": "no history (RUN.jsonl) of these runs of two epochs or more where they were trained or beside "
     "them: set --log-path",
 }
+MAPPED = 5  # queries with maps
 
 
 class Panels(NamedTuple):
@@ -51,8 +52,8 @@ class Panels(NamedTuple):
 class Findings:
     """What the figures and the page are made of, each part computed once, when it is first asked for.
 
-    everyone: the checkpoints; rankings as a figure, embedding and activations are of the first of them, and
-    of its first protocol. queries: which the ranking figure shows, see rankings.choose_queries; UserError for
+    everyone: the checkpoints; rankings as a figure, embedding and maps are of the first of them, and of its
+    first protocol. queries: which the ranking figure shows, see rankings.choose_queries; UserError for
     those that are not there.
     """
 
@@ -138,10 +139,10 @@ class Findings:
         scores = self.by_camera[self.first.label]
         return Panels(figures.cameras, {"rank-1": scores, "mAP": scores})
 
-    def activation(self) -> Figure | None:
-        """Activation maps of four identities; None without a network."""
-        rows = self.first.activations()
-        return figures.images(rows) if rows else None
+    def maps(self) -> Figure | None:
+        """Where the similarities of the first chosen queries come from; None without a network."""
+        rows = self.first.maps(self.protocol, self.chosen[:MAPPED], self.ranked(self.pictured))
+        return figures.images(rows, [*("query", "", "1st", ""), *("query", "", "match", "")]) if rows else None
 
     def curves(self) -> Panels | None:
         """Learning curves of the runs whose history was found, by quantity; None if none is a curve."""

@@ -8,28 +8,49 @@ from model import TwoStreamResNet
 
 
 @torch.no_grad()
-def activation_maps(model: TwoStreamResNet, images: torch.Tensor, modality: str) -> np.ndarray:
-    """Where the network is active: (n, H, W) float32, in [0, 1] for each image.
-
-    The sum of squares over the channels of the last feature map, enlarged to the image's size.
+def position_powers(
+    network: TwoStreamResNet, images: torch.Tensor, modality: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What pooling takes the mean of, x^p at each position of the last feature map, and the features.
 
     Args:
-        model: in evaluation mode.
-        images: (n, 3, H, W) normalised, on the model's device.
+        network: in evaluation mode.
+        images: (n, 3, H, W) normalised, on the network's device.
         modality: "visible" or "infrared".
 
-    Source: Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017 (section 3.1).
+    Returns:
+        (n, K, h, w) and (n, D), float32; the features have unit norm.
     """
     kept = []
-    hook = model.layer4.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    hook = network.layer4.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
     try:
-        model(**{modality: images})
+        features = F.normalize(network(**{modality: images}))
     finally:
         hook.remove()
-    maps = kept[0].float().square().sum(1, keepdim=True)
-    maps = F.interpolate(maps, images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return ((maps - low) / (high - low).clamp(min=1e-12)).cpu().numpy()
+    return kept[0].float().clamp(min=1e-6) ** network.pool.p, features
+
+
+@torch.no_grad()
+def similarity_map(
+    network: TwoStreamResNet, powers: torch.Tensor, mean: torch.Tensor, other: torch.Tensor
+) -> torch.Tensor:
+    """Where an image's similarity to another one comes from: (h, w) float32; positive: that place adds to it.
+
+    What the similarity loses when a position of the last feature map becomes what the average image has there.
+    Padding and strides make every image's activations larger at the same side; the average image, which has
+    that side too, takes it away. The pooling is a mean of powers, so that all positions need one product.
+
+    Args:
+        network: in evaluation mode.
+        powers: (K, h, w) of the image, see position_powers.
+        mean: (K, h, w), the mean of those of many images of its modality.
+        other: (D,) unit feature of the image that it is compared with.
+    """
+    whole = powers.mean((1, 2))
+    without = whole + ((mean - powers) / powers[0].numel()).flatten(1).T  # (h w, K)
+    pooled = torch.cat([whole[None], without]).clamp(min=0) ** (1 / network.pool.p)
+    similarities = F.normalize(network.neck(pooled)) @ other.float()
+    return (similarities[0] - similarities[1:]).view(powers.shape[1:])
 
 
 def embed(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
