@@ -277,7 +277,7 @@ def images(rows: Sequence[Sequence[tuple[np.ndarray, str, str]]], heading: Seque
 
 
 def overlay(image: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """An image (H, W, 3) uint8 in grey; orange where parts (H, W), in [-1, 1], adds, blue where it takes away."""
+    """An image (H, W, 3) uint8 in grey; orange where parts (H, W), in [-1, 1], adds, blue where it takes."""
     grey = np.broadcast_to(image.mean(axis=2, keepdims=True), image.shape)
     hue = np.where(parts[..., None] > 0, *(255 * np.array(to_rgb(COLORS[k])) for k in (1, 0)))
     weight = 0.85 * np.abs(parts)[..., None]

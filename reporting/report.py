@@ -142,7 +142,9 @@ class Findings:
     def maps(self) -> Figure | None:
         """Where the similarities of the first chosen queries come from; None without a network."""
         rows = self.first.maps(self.protocol, self.chosen[:MAPPED], self.ranked(self.pictured))
-        return figures.images(rows, [*("query", "", "1st", ""), *("query", "", "match", "")]) if rows else None
+        return (
+            figures.images(rows, [*("query", "", "1st", ""), *("query", "", "match", "")]) if rows else None
+        )
 
     def curves(self) -> Panels | None:
         """Learning curves of the runs whose history was found, by quantity; None if none is a curve."""

@@ -36,7 +36,7 @@ def similarity_map(
 ) -> torch.Tensor:
     """Where an image's similarity to another one comes from: (h, w) float32; positive: that place adds to it.
 
-    What the similarity loses when a position of the last feature map becomes what the average image has there.
+    What the similarity loses when a position of the last feature map becomes what the average image has.
     Padding and strides make every image's activations larger at the same side; the average image, which has
     that side too, takes it away. The pooling is a mean of powers, so that all positions need one product.
 

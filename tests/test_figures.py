@@ -6,6 +6,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,12 +34,13 @@ from evaluation.similarity import (
     overlap,
     sample_similarities,
 )
-from model import TwoStreamResNet
+from model import GeM, TwoStreamResNet
 from reporting import figures, sprites
 from reporting.comparing import Listed, confused, most_confused, outcomes
 from reporting.evaluated import Evaluated
 from reporting.learning import history_file, read_history
-from reporting.views import activation_maps, embed
+from reporting.views import embed, position_powers, similarity_map
+from synthetic import people
 from utils import UserError, log
 
 
@@ -351,16 +353,68 @@ def test_a_missing_tensorboard_is_one_warning(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("stem", ["shared", "two-stream"])
-def test_activation_maps_are_of_each_image(stem):
+def test_a_map_says_what_the_similarity_loses_with_a_place(stem):
     torch.manual_seed(0)
     model = TwoStreamResNet("resnet18", stem).eval()
-    images = torch.randn(2, 3, 64, 32)
-    maps = activation_maps(model, images, "infrared")
-    assert maps.shape == (2, 64, 32)
-    np.testing.assert_allclose([[m.min(), m.max()] for m in maps], [[0, 1], [0, 1]], atol=1e-6)
-    np.testing.assert_allclose(activation_maps(model, images[1:], "infrared")[0], maps[1], atol=1e-4)
+    images = torch.randn(5, 3, 64, 32)
+    powers, features = position_powers(model, images, "infrared")
+    torch.testing.assert_close(features, F.normalize(model(infrared=images)).detach())
     assert not model.layer4._forward_hooks  # nothing stays behind
-    assert figures.overlay(np.zeros((64, 32, 3), np.uint8), maps[0]).max() > 100
+    mean, other = powers[2:].mean(0), features[1]
+    found = similarity_map(model, powers[0], mean, other)
+    with torch.no_grad():
+        for y, x in np.ndindex(found.shape):
+            without = powers[:1].clone()
+            without[0, :, y, x] = mean[:, y, x]
+            unit = F.normalize(model.neck(model.pool(without ** (1 / model.pool.p))))[0]
+            assert abs(found[y, x] - (features[0] - unit) @ other) < 2e-6
+
+
+class Patches(torch.nn.Module):
+    """A network that looks at each patch of 8 x 8 pixels alone, so that it is known what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer4, self.pool, self.neck = torch.nn.AvgPool2d(8), GeM(), torch.nn.Identity()
+
+    def forward(self, visible):
+        return self.neck(self.pool(self.layer4(torch.cat([visible, 1 - visible], dim=1))))
+
+
+@pytest.mark.parametrize("part", ["top", "bottom"])
+def test_the_map_lies_on_the_garment_in_which_people_differ(part):
+    """And not where the image is bright, nor elsewhere on a blank or a mirrored image."""
+    who = replace(people.make_identity(9, 3), bag_style="none", opening=0.0, bottom_cut="wide")
+    camera = people.make_camera(5, "visible", 1)
+    cloths = [people._plain((v, v, v), 0.5, 0.5) for v in (0.15, 0.9)]
+    drawn = [
+        np.asarray(people.render(replace(who, **{part: cloth}), camera, np.random.default_rng(1), 160, 64))
+        for cloth in cloths
+    ]
+    differs = np.abs(drawn[0].astype(int) - drawn[1]).max(2) > 0
+    cells = differs.reshape(20, 8, 8, 8).any((1, 3))
+    blank = np.full_like(drawn[0], 128)
+    images = torch.from_numpy(np.stack([*drawn, drawn[0][:, ::-1], drawn[1][:, ::-1], blank])) / 255
+    network = Patches().eval()
+    powers, features = position_powers(network, images.permute(0, 3, 1, 2), "visible")
+    mean = powers[:2].mean(0)
+    own = similarity_map(network, powers[0], mean, features[0])
+    other = similarity_map(network, powers[0], mean, features[1])
+    assert own.abs()[~torch.from_numpy(cells)].max() < 1e-6 < own[torch.from_numpy(cells)].max()
+    assert own.sum() > max(0, other.sum())  # the garment tells who it is, and who not
+    energy = powers[0].sum(0)
+    assert energy[torch.from_numpy(cells)].sum() < 0.7 * energy.sum()
+    mirrored = similarity_map(network, powers[2], powers[2:4].mean(0), features[0])
+    torch.testing.assert_close(mirrored, own.flip(1), rtol=0, atol=1e-6)
+    assert similarity_map(network, powers[4], powers[4], features[0]).abs().max() < 1e-6  # nothing of its own
+
+
+def test_the_overlay_has_two_hues():
+    image = np.full((2, 3, 3), 100, np.uint8)
+    colours = figures.overlay(image, np.array([[1.0, 0, -1], [0, 0, 0]]))
+    assert colours[0, 0, 0] > colours[0, 0, 2]  # orange
+    assert colours[0, 2, 2] > colours[0, 2, 0]  # blue
+    assert (colours[1] == 100).all()
 
 
 def test_the_embedding_falls_back_on_principal_components(monkeypatch, rng):
