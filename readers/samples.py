@@ -161,28 +161,33 @@ class Dataset:
 def same_content(first: Iterable[str], second: Iterable[str]) -> list[tuple[str, str]]:
     """Pairs of files with equal bytes, one of first and one of second; only files of equal size are read."""
     with ThreadPoolExecutor(16) as pool:  # waits for the disk, above all for one in a network
-        parts = [list(dict.fromkeys(paths)) for paths in (first, second)]
-        files = [list(zip(paths, pool.map(_size_and_time, paths), strict=True)) for paths in parts]
-        sizes = [{size for _, (size, _) in part} for part in files]
+
+        def each(function: Callable, items: list) -> list:
+            pieces = [items[start : start + 256] for start in range(0, len(items), 256)]  # tasks cost time
+            return [
+                result for part in pool.map(lambda piece: [*map(function, piece)], pieces) for result in part
+            ]
+
+        files = [each(_facts, list(dict.fromkeys(paths))) for paths in (first, second)]
+        sizes = [{size for _, size, _ in part} for part in files]
         common = sizes[0] & sizes[1] - {0}
-        parts = [[(path, facts) for path, facts in part if facts[0] in common] for part in files]
-        digests = [
-            [(d, file[0]) for d, file in zip(pool.map(_digest, part), part, strict=True)] for part in parts
-        ]
-        known = dict(reversed(digests[0]))
-        return [(known[digest], path) for digest, path in digests[1] if digest and digest in known]
+        files = [[file for file in part if file[1] in common] for part in files]
+        digests = [list(zip(each(_digest, part), part, strict=True)) for part in files]
+    known = dict(reversed(digests[0]))
+    return [(known[digest][0], file[0]) for digest, file in digests[1] if digest and digest in known]
 
 
-def _size_and_time(path: str) -> tuple[int, int]:
+def _facts(path: str) -> tuple[str, int, int]:
+    """A file's path, size in bytes and modification time."""
     try:
         status = os.stat(path)
     except OSError:  # decoding will report it
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
+        return path, 0, 0
+    return path, status.st_size, status.st_mtime_ns
 
 
 @functools.cache  # RegDB's trials share their images, and SYSU-MM01's modes all of them
-def _digest(file: tuple[str, tuple[int, int]]) -> bytes:
+def _digest(file: tuple[str, int, int]) -> bytes:
     try:
         return hashlib.blake2b(Path(file[0]).read_bytes(), digest_size=16).digest()
     except OSError:
