@@ -371,7 +371,7 @@ def test_a_keyboard_alone_reaches_everything(chromium, page):
     name = "(e => e.id || e.getAttribute('aria-label') || e.getAttribute('href') || e.textContent)"
     focusable = "a[href], button:not([tabindex='-1']), select, input, summary, [tabindex='0']"
     wanted = chromium.js(
-        f"[...document.querySelectorAll('{focusable}')].filter((e) => e.checkVisibility()).map({name})"
+        f"[...document.querySelectorAll(`{focusable}`)].filter((e) => e.checkVisibility()).map({name})"
     )
     reached = []
     for _ in range(len(wanted) + 5):
