@@ -431,7 +431,7 @@ def test_select_val_trains_without_the_val_ids_and_evaluates_on_them(sysu, train
     assert not val & set(kept["visible"].pids)
     counts = f"{len(kept['visible'].pids)} visible, {len(kept['infrared'].pids)} infrared"
     assert f"training data: {8 - len(val)} identities, {counts}" in output
-    evaluated = [samples.pids for samples in built[0].all_samples()]
+    evaluated = [samples.pids for samples in built[0].evaluation.images().values()]
     assert set(np.concatenate(evaluated)) == val
     best = load_checkpoint(only(tmp_path, "work/save_model/*_best.t"))
     assert "val ids" in best["selection"]
@@ -611,8 +611,8 @@ def test_a_checkpoint_with_impossible_settings_is_refused(trained, train_here, t
         save_checkpoint(checkpoint | {"args": checkpoint["args"] | {name: value}}, path)
         status, _, errors = train_here("--resume", path)
         assert status == 2
-        flag = f"--{name.replace('_', '-')}"
-        assert errors[0].startswith(f"train.py: error: {path}: invalid settings: argument {flag}: ")
+        named = "trial 'x'" if name == "trial" else f"argument --{name.replace('_', '-')}: "
+        assert errors[0].startswith(f"train.py: error: {path}: invalid settings: {named}")
 
 
 def test_gpus_that_are_not_there(sysu, train_here, tmp_path, monkeypatch):
@@ -755,6 +755,9 @@ def test_a_process_continues_no_trial_that_the_first_one_is_about_to_remove(
 ):
     class SecondProcess:
         rank, world_size = 1, 2
+
+        def refuse_one_gpu(self, gpu):
+            pass
 
         def start(self, device):
             pass
