@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.manifold import TSNE
 
 from model import TwoStreamResNet
 
@@ -56,13 +57,9 @@ def similarity_map(
 def embed(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
     """Place features (n, D) in the plane: (n, 2) and the method's name.
 
-    t-SNE; where scikit-learn is missing, or for fewer than ten features, the first two principal components.
+    t-SNE; for fewer than ten features, the first two principal components.
     """
-    try:
-        from sklearn.manifold import TSNE  # an optional dependency
-    except ImportError:
-        TSNE = None
-    if TSNE is not None and len(features) >= 10:
+    if len(features) >= 10:
         perplexity = min(30, (len(features) - 1) / 3)
         # Of hundreds of images the exact gradient takes a second; Barnes and Hut's is for many thousands.
         tsne = TSNE(perplexity=perplexity, init="pca", random_state=seed, method="exact")
@@ -70,5 +67,4 @@ def embed(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:
     centred = features - features.mean(axis=0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
     points = centred @ axes[:2].T
-    method = "PCA" if TSNE else "PCA (t-SNE needs scikit-learn)"
-    return np.pad(points, ((0, 0), (0, 2 - points.shape[1]))), method
+    return np.pad(points, ((0, 0), (0, 2 - points.shape[1]))), "PCA"

@@ -431,7 +431,7 @@ def test_select_val_trains_without_the_val_ids_and_evaluates_on_them(sysu, train
     assert not val & set(kept["visible"].pids)
     counts = f"{len(kept['visible'].pids)} visible, {len(kept['infrared'].pids)} infrared"
     assert f"training data: {8 - len(val)} identities, {counts}" in output
-    evaluated = [samples.pids for samples in built[0].evaluation.all_samples()]
+    evaluated = [samples.pids for samples in built[0].evaluation.images().values()]
     assert set(np.concatenate(evaluated)) == val
     best = load_checkpoint(only(tmp_path, "work/save_model/*_best.t"))
     assert "val ids" in best["selection"]
