@@ -6,10 +6,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import warm
 from PIL import Image
 
 import synthetic
@@ -18,6 +20,7 @@ from checkpoints import save_checkpoint
 from data_manager import class_labels, train_samples
 from model import TwoStreamResNet
 from readers.arrays import TrainingImages, write_training_arrays
+from tools import commands
 from utils import run_script as run_main
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits, and long where cores are shared
@@ -38,10 +41,8 @@ def command(script, *args):
 
 def run_script(script, *args, cwd, env=None, timeout=300):
     """Run a script of the repository in the folder cwd and return its CompletedProcess, with text."""
-    return subprocess.run(
-        command(script, *args), cwd=cwd, env=os.environ | ENVIRONMENT | (env or {}),
-        capture_output=True, text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+    env = os.environ | ENVIRONMENT | (env or {})
+    return warm.run(command(script, *args), cwd=cwd, env=env, capture_output=True, timeout=timeout)
 
 
 def tiny_flags(root):
@@ -127,6 +128,13 @@ def pytest_sessionstart(session):
         reporter.write_line(
             f"only {free / 1e9:.1f} GB are free in {folder}: the tests need {DISK / 1e9:.0f} GB"
         )
+
+
+@pytest.fixture
+def warm_commands(monkeypatch):
+    """tools.commands.run without a new interpreter for each script."""
+    instead = SimpleNamespace(run=warm.run, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(commands, "subprocess", instead)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_every_variant_is_a_command_line_of_its_own(variant):
     assert len(changed) == (variant != ablation.FULL)
 
 
-def test_it_trains_what_is_missing_and_writes_the_table(tmp_path, monkeypatch, capfd):
+def test_it_trains_what_is_missing_and_writes_the_table(warm_commands, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ablation.py"])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -20,7 +20,7 @@ def tiny(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def test_the_demo(tiny, tmp_path, capfd):
+def test_the_demo(tiny, warm_commands, tmp_path, capfd):
     args = demo.get_args_parser().parse_args(
         ["--output", str(tmp_path), "--seed", "3", "--workers", "1", "--amp", "off"]
     )

@@ -33,8 +33,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def reproduced(monkeypatch, capfd):
-    """tools.reproduce in a folder, its commands as subprocesses: the lines that were printed."""
+def reproduced(warm_commands, monkeypatch, capfd):
+    """tools.reproduce in a folder, its commands as processes: the lines that were printed."""
 
     def reproduced(folder, *flags):
         monkeypatch.chdir(folder)
