@@ -3,7 +3,7 @@
     python -m tests.comparing
 
 docs/comparing.md says which packages, and has the table that this prints. Of a missing package a line says
-`not measured`. Files of packages are loaded one by one, unchanged: their own imports want far more than a metric.
+`not measured`. Files of packages are loaded one by one, unchanged: their own imports want much more.
 """
 
 import importlib.metadata
