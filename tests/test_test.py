@@ -468,11 +468,11 @@ def test_thermal_is_infrared(trials_of_regdb, regdb, evaluate):
     assert both == evaluate(*flags, "--mode", "visible-to-infrared", "infrared-to-visible").out
 
 
-def test_one_gpu_for_several_processes_is_refused(trained, sysu, evaluate, monkeypatch):
+def test_one_gpu_for_several_processes_is_refused(trained, sysu, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     path = next(trained[0].glob("save_model/*_best.t"))
     with pytest.raises(UserError, match="--gpu 0: leave it out with torchrun"):
-        evaluate("--resume", path, "--data-path", sysu, "--gpu", 0)
+        script.main(["--resume", str(path), "--data-path", str(sysu), "--gpu", "0"])
 
 
 def test_each_checkpoint_is_read_once(trials_of_regdb, regdb, sysu_flags, evaluate, monkeypatch):

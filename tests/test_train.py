@@ -343,6 +343,7 @@ def test_without_a_terminal_an_epoch_speaks_now_and_then(sysu, monkeypatch, capl
     monkeypatch.setattr(train, "SPEAK_EVERY", patience)
     training = start_training(sysu, "--epochs", 160)
     monkeypatch.setattr(train.log, "propagate", True)
+    monkeypatch.setattr(train.log, "handlers", [])  # an earlier test may have left caplog's
     caplog.set_level("INFO", train.log.name)
     caplog.clear()
     take_steps(training, 5)
