@@ -233,6 +233,17 @@ a process draws its augmentation for its own images
 - modality: draw_augmentation(rng, whole, *size, modality, self.recipe, self.pad).rows(mine)
 + modality: draw_augmentation(rng, len(labels), *size, modality, self.recipe, self.pad)
 
+== devices.py, test_torchrun.py
+
+processes that start anew read the former ones' addresses
+- store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+
+== engine/launch.py, test_torchrun.py
+
+a signal ends the processes without a word
+- except (KeyboardInterrupt, SystemExit) as stop:
++ except GeneratorExit as stop:
+
 == train.py, test_fake_cuda.py
 
 a step looks at its loss

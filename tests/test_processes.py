@@ -7,10 +7,8 @@ what is to agree after some steps is computed in float64, at a low rate.
 import contextlib
 import io
 import itertools
-import multiprocessing
 import os
 import socket
-import sys
 from copy import deepcopy
 from functools import partial
 from operator import itemgetter
@@ -18,6 +16,7 @@ from operator import itemgetter
 import pytest
 import torch
 import torchvision
+import warm
 from conftest import draw_sysu, random_checkpoint
 from plain_training import tables
 
@@ -143,7 +142,7 @@ def work(number, ports, root, folder):
             training = build(root, processes)
             freeze(training.model)
             results["frozen statistics"] = some_steps(training, 5)
-            results["statistics of all"] = some_steps(build(root, processes), 2)
+            results["statistics of all"] = some_steps(build(root, processes), 1)
             for loss in LOSSES[1:]:
                 results[loss] = some_steps(build(root, processes, "--loss", loss), 1)
             torch.set_default_dtype(torch.float32)
@@ -161,12 +160,10 @@ def results(tmp_path_factory):
         for probe in sockets:
             probe.bind(("127.0.0.1", 0))
         ports = {count: probe.getsockname()[1] for count, probe in zip((4, 3, 2, 1), sockets, strict=True)}
-    with pytest.MonkeyPatch.context() as patch:  # they start from one that has imported everything already
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        multiprocessing.set_forkserver_preload(["train"])
-        torch.multiprocessing.start_processes(
-            work, (ports, str(root), str(folder)), nprocs=4, start_method="forkserver"
-        )
+    warm.warm_context("1")  # from whose process they start
+    torch.multiprocessing.start_processes(
+        work, (ports, str(root), str(folder)), nprocs=4, start_method="forkserver"
+    )
     return {(n, rank): torch.load(folder / f"{n}-{rank}.pt") for n in NUMBERS for rank in range(n)}
 
 

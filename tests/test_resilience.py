@@ -13,7 +13,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -267,32 +266,6 @@ def test_a_signal_stops_the_decoding_of_images(tmp_path, train_here, monkeypatch
     status, output, _ = train_here(*tiny_flags(root), "--dataset", "regdb", "--epochs", 1, "--overwrite")
     assert status == 143  # before anything was replaced: the same command is to be given again
     assert output.splitlines()[-1].endswith("--overwrite")
-
-
-def test_a_signal_stops_all_processes_together(sysu, tmp_path):
-    """One of them is told, and then all by the launcher; they say once how to go on."""
-    launcher = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
-    script = str(REPOSITORY / "train.py")
-    folder = tmp_path / "run"
-    folder.mkdir()
-    flags = [*tiny_flags(sysu), "--batch-size", "2", "--epochs", "1000", "--eval-start", "999"]
-    with open(folder / "output", "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, *launcher, script, *flags], cwd=folder, env=os.environ | ENVIRONMENT,
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    try:
-        wait_until_it_says("epoch 1/1000", process, folder)
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
-    finally:
-        stop_everything(process)
-    output = (folder / "output").read_text()
-    assert output.count("stopped; to continue: torchrun --nproc_per_node 2 ") == 1, output
-    assert "DistBackendError" not in output
-    assert load_checkpoint(only(folder, "save_model/*_last.t"))["epoch"] == len(
-        re.findall(r"^.{20}epoch ", output, re.MULTILINE)
-    )
 
 
 # Two runs

@@ -1,19 +1,16 @@
 import dataclasses
 import functools
 import json
-import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, run_script, tiny_flags
+from conftest import tiny_flags
 from PIL import Image
 from plain_training import (
     PlainTraining,
@@ -444,40 +441,6 @@ def test_select_last_chooses_no_best(sysu, train_here, tmp_path):
     assert status == 0
     assert "best" not in output
     assert [path.name[-7:] for path in tmp_path.glob("work/save_model/*.t")] == ["_last.t"]
-
-
-def test_two_processes_train_one_run(sysu, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*launcher, str(REPOSITORY / "train.py"), *tiny_flags(sysu), "--epochs", "1"]
-    done = subprocess.run(
-        words, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 process(es)" in done.stdout
-    assert done.stdout.count("epoch 1/1") == 1  # one of them speaks
-    assert done.stdout.count("finished: ") == 1
-    assert "an epoch: 4 steps" in done.stdout  # half as many as one process has
-    assert only(tmp_path, "log/sysu_log/*.log").read_text().count("epoch 1/1") == 1
-    last = only(tmp_path, "save_model/*_last.t")
-    assert load_checkpoint(last)["epoch"] == 1
-    resumed = run_script("train.py", "--resume", last, "--epochs", "2", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "a step: 8 identities x 2 images x 3 in each process, 48 images in all" in resumed.stdout
-    assert load_checkpoint(last)["epoch"] == 2
-
-
-def test_what_ends_one_of_two_processes_ends_both_in_lines(copy, tmp_path):
-    pid = int((copy / "exp" / "test_id.txt").read_text().split(",")[0])
-    broken = sorted(copy.glob(f"cam[36]/{pid:04d}/*.jpg"))[0]
-    broken.write_bytes(b"no image")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*launcher, str(REPOSITORY / "train.py"), *tiny_flags(copy), "--epochs", "2"]
-    done = subprocess.run(
-        words, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode != 0
-    assert f"train.py: error: cannot read 1 image: {broken}" in done.stderr
-    assert 'train.py", line' not in done.stderr  # of a traceback
 
 
 def test_one_gpu_for_many_processes_is_refused(train_here, monkeypatch):
