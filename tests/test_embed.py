@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, draw_images, random_checkpoint
+from conftest import ENVIRONMENT, draw_images, random_checkpoint, run_script
 from PIL import Image
 
 import precision
@@ -326,13 +326,11 @@ def test_two_processes_share_the_work(checkpoint, tmp_path):
     (tmp_path / "in" / "bad.png").write_text("no image")
     words = ["--resume", checkpoint, "--images", tmp_path / "in", "--modality", "infrared"]
     words += ["--output", tmp_path / "out"]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "tools.embed", *map(str, words)], cwd=tmp_path,
-        env=os.environ | ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    launcher = "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tools.embed"
+    done = run_script(*launcher, *words, cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
     assert "7 embedded, 0 as they were, 0 dropped, 1 unreadable" in done.stderr, done.stderr
+    assert done.stderr.count("running on the CPU") == 1
+    assert done.stderr.count("cannot read ") == 1
     assert done.returncode == 1
     assert sorted(path.name for path in (tmp_path / "out").glob("*.csv")) == [
         "000-000000.csv",

@@ -188,10 +188,10 @@ def embed_into(
 
 def main(args: argparse.Namespace) -> int:
     """Embed; return 1 if an image could not be read."""
-    log_to_terminal(stream=sys.stderr)
+    processes = Processes()
+    log_to_terminal(quiet=processes.rank > 0, stream=sys.stderr)
     found = find_images(args.images, "--images", args.modality)
     embedder, saved = open_embedder(args.resume, args.img_h, args.img_w)
-    processes = Processes()
     device = select_device(args.gpu)  # with torchrun each process has its own GPU, or all share that of --gpu
     amp, size = args.amp or saved.get("amp", "auto"), (embedder.height, embedder.width)
     if args.runtime != "torch":
