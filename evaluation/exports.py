@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 import numpy as np
-import scipy.io
+import scipy  # its parts are imported when they are first used: scipy.io takes 0.2 s
 
 from data_manager import Samples
 from eval_metrics import Metrics

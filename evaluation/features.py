@@ -67,7 +67,9 @@ def read_features(
     root = data_manager.dataset_root(args.dataset, args.data_path)
     if evaluation is None:
         used = [trial for own in paths.values() for trial in own]
-        evaluation = Evaluation.draw(root, protocols_of(args), used, args.allow_short)
+        # Of the authors' images copies are only warned of, and that would read all of them.
+        copies = args.dataset == "folder"
+        evaluation = Evaluation.draw(root, protocols_of(args), used, args.allow_short, copies=copies)
     files = []
     for path, own in paths.items():
         images = evaluation.images(own[0] if len(paths) > 1 else None)
@@ -215,18 +217,14 @@ def check(array: np.ndarray, name: str, names: Sequence[str], distance: str) -> 
             f"{name}: features must be floating-point numbers (N, D), not {array.dtype} {array.shape}"
         )
     words = f"{array.shape[1]:,} {array.dtype.newbyteorder('=')} each"
-    features = np.array(array, dtype=np.float32, order="C")  # a copy, changed in place below
-    norms = np.empty(len(features))
-    equal = True
+    features = np.require(array, np.float32, "CW")
+    norms = np.empty(len(features))  # in float64 infinite or NaN only where a number is
     for start in range(0, len(features), BLOCK):
-        rows = slice(start, start + BLOCK)
-        if len(bad := np.flatnonzero(~np.isfinite(features[rows]).all(axis=1))):
-            count = int((~np.isfinite(features).all(axis=1)).sum())
-            raise UserError(
-                f"{name}: {count:,} features are not finite, for instance of {names[start + bad[0]]}"
-            )
-        norms[rows] = np.linalg.norm(features[rows].astype(np.float64), axis=1)
-        equal = equal and bool((features[rows] == features[0]).all())
+        rows = torch.from_numpy(features[start : start + BLOCK])
+        norms[start : start + BLOCK] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    if len(bad := np.flatnonzero(~np.isfinite(norms))):
+        raise UserError(f"{name}: {len(bad):,} features are not finite, for instance of {names[bad[0]]}")
+    equal = all((features[k : k + BLOCK] == features[0]).all() for k in range(0, len(features), BLOCK))
     if equal and len(features) > 1:
         raise UserError(f"{name}: all {len(features):,} features are equal")
     if distance == "euclidean":
@@ -239,6 +237,5 @@ def check(array: np.ndarray, name: str, names: Sequence[str], distance: str) -> 
             name, norms.min(), norms.max(),
         )  # fmt: skip
         words += f", divided by norms of {norms.min():.4g} to {norms.max():.4g}"
-        for start in range(0, len(features), BLOCK):
-            features[start : start + BLOCK] /= norms[start : start + BLOCK, None].astype(np.float32)
+        features = features / norms[:, None].astype(np.float32)
     return torch.from_numpy(features), f"{words}, cosine distance"

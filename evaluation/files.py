@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import scipy.io
+import scipy  # its parts are imported when they are first used: scipy.io takes 0.2 s
 
 import data_manager
 from data_manager import CAPTURED

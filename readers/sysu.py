@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 import numpy as np
-import scipy.io
+import scipy  # its parts are imported when they are first used: scipy.io takes 0.2 s
 
 from readers.lists import listed, read_ids, warn_once
 from readers.samples import Cells, Dataset, Samples, cells_samples, draw_cells, refuse_both

@@ -13,6 +13,7 @@ import scipy.io
 import torch
 from conftest import ENVIRONMENT, REPOSITORY
 
+import readers.samples
 from data_manager import read_split
 from evaluation.protocols import Evaluation, Protocol
 from evaluation.scoring import Features, score
@@ -129,6 +130,12 @@ def test_saved_features_are_read_again(sysu, images, evaluate, tmp_path):
     first, _, _ = evaluate("--features", tmp_path / "f.npz", "--data-path", sysu, "--save-features", again)
     second, _, _ = evaluate("--features", again, "--data-path", sysu)
     assert first["results"][0]["mean"] == second["results"][0]["mean"]
+
+
+def test_the_images_are_not_read(sysu, images, evaluate, tmp_path, monkeypatch):
+    """Not even to look for copies of training images: that takes longer than all else."""
+    monkeypatch.setattr(readers.samples, "same_content", lambda *_: pytest.fail("images are read"))
+    evaluate("--features", *write_npz(images, tmp_path), "--data-path", sysu)
 
 
 # ---- one query and gallery
