@@ -313,17 +313,19 @@ def distance_blocks(trial: Trial, distance: str = "cosine", queries: torch.Tenso
     """
     prepare = unit_features if distance == "cosine" else as_features
     query, gallery = prepare(trial.query_features), prepare(trial.gallery_features)
-    if distance == "euclidean":  # ||g||^2 - 2 q.g as one product, around the mean so that little cancels
+    if distance == "euclidean":  # ||g||^2 - 2 q.g, around the mean so that little cancels
         mean = gallery.mean(0)
         query, gallery = query - mean, gallery - mean
-        query = torch.cat([query, query.new_ones(len(query), 1)], 1)
-        gallery = torch.cat([2 * gallery, -gallery.square().sum(1, keepdim=True)], 1)
+        squares = torch.linalg.vector_norm(gallery, dim=1).square()
     queries = torch.arange(len(query), device=query.device) if queries is None else queries
     height = _height(len(gallery), gallery.device)
     many = max(1, max(64, PRODUCT // max(len(gallery), 1)) // height) * height
     for rows in queries.split(many):  # small products would be limited by reading the gallery
         with torch.autocast(query.device.type, enabled=False):
-            product = query[rows].neg_() @ gallery.T
+            if distance == "euclidean":
+                product = torch.addmm(squares, query[rows], gallery.T, alpha=-2)
+            else:
+                product = query[rows].neg_() @ gallery.T
         yield from zip(rows.split(height), product.split(height), strict=True)
 
 

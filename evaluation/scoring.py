@@ -36,8 +36,11 @@ class Features:
 
     def of(self, samples: Samples) -> torch.Tensor:
         """(n, D) features of samples' images, in their order."""
-        rows = self.rows[samples.modality]
-        return self.tensors[samples.modality][[rows[path] for path in samples.paths]]
+        rows, tensor = self.rows[samples.modality], self.tensors[samples.modality]
+        wanted = [rows[path] for path in samples.paths]
+        return (
+            tensor if wanted == list(range(len(tensor))) else tensor[wanted]
+        )  # a file's gallery may be large
 
     def to(self, device: torch.device) -> "Features":
         """The same on another device."""
