@@ -29,6 +29,7 @@ NAMES = (
     "reranking",
     "memory_and_loss",
     "training_step",
+    "processes",
     "extraction",
     "embedding",
     "search",
