@@ -118,6 +118,15 @@ def rows() -> list[tuple[str, str, Callable[[], tuple[float | None, float]]]]:
         )
         return float(found["cmc"][1]), float(found["map"][k])
 
+    def torchmetrics(scores, top_k=None):
+        from torchmetrics.retrieval import RetrievalMAP
+
+        metric = RetrievalMAP(top_k=top_k)
+        rows = torch.arange(len(q)).repeat_interleave(len(g))
+        right = torch.from_numpy(ids[0][:, None] == ids[1])
+        metric.update(torch.from_numpy(scores).flatten(), right.flatten(), rows)
+        return None, float(metric.compute())
+
     def torchreid_reranking(query, gallery, root):
         module = load("torchreid", "reid/metrics/distance.py")
         tensors = [torch.from_numpy(x).float() for x in (query, gallery)]
@@ -161,6 +170,10 @@ def rows() -> list[tuple[str, str, Callable[[], tuple[float | None, float]]]]:
         (oml, "k = the gallery", lambda: open_metric_learning(len(g))),
         (oml, "k=100, its default", lambda: open_metric_learning(100)),
         (oml, "map@5", lambda: open_metric_learning(5)),
+        ("torchmetrics", "RetrievalMAP of negated distances", lambda: torchmetrics(-distmat)),
+        ("torchmetrics", "RetrievalMAP of cosines", lambda: torchmetrics(1 - distmat)),
+        ("torchmetrics", "RetrievalMAP of 1 + cosine", lambda: torchmetrics(2 - distmat)),
+        ("torchmetrics", "RetrievalMAP of 1 + cosine, top_k=5", lambda: torchmetrics(2 - distmat, 5)),
         ("here", "roles swapped", lambda: ours(eval_regdb, distmat.T, *ids[::-1])),
         ("torchreid", "roles swapped", lambda: swapped(load(*torchreid), distmat, ids, cameras)),
         ("here", "features not normalised, Euclidean", lambda: regdb(euclidean(*raw))),
