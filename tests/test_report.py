@@ -490,6 +490,35 @@ def test_the_page_pairs_every_method_with_the_first(compared):
         assert min(expected) > 0
 
 
+def test_a_checkpoint_beside_a_file_with_its_own_gallery(report_here, runs, sysu, tmp_path, monkeypatch):
+    """Each has its row, its numbers and its rankings; as their searches differ, nothing is paired."""
+    arrays, rng = {}, np.random.default_rng(0)
+    for side, modality in (("query", "infrared"), ("gallery", "visible")):
+        samples = read_split("sysu", sysu, "test")[modality]
+        arrays |= {
+            f"{side}_f": rng.normal(size=(len(samples), 16)),
+            f"{side}_label": samples.pids,
+            f"{side}_cam": samples.camids,
+        }
+    np.savez(tmp_path / "own.npz", **arrays)
+    words = ["--resume", runs[0], "--features", tmp_path / "own.npz", "--data-path", sysu]
+    monkeypatch.setattr(results_report, "FIGURES", {"cmc": "curves"})
+    report_here(*words, "--output", "out")
+    load_test_py().main([*map(str, words), *MACHINE, "--json", "r.json"])
+    results = json.loads(Path("r.json").read_text())["results"]
+    text = Path("out/index.html").read_text()
+    rows, labels = rows_of(text), labels_of([runs[0], tmp_path / "own.npz"])
+    for row, result, label, galleries in zip(rows, results, labels, ("seeded", "the file's"), strict=True):
+        assert row[0] == label
+        assert row[1].startswith(f"all, single-shot, {galleries} galler")
+        assert row[6].startswith(f"{100 * result['mean']['mAP']:.2f}")
+    assert 'id="side-by-side"' not in text
+    lists = data_of(text)["lists"]
+    assert [own["label"] for own in lists] == labels
+    assert [own["search"] for own in lists] == [0, 1]
+    assert [len(own["queries"]) for own in lists] == 2 * [len(arrays["query_label"])]
+
+
 def test_the_cameras_are_the_same_in_text_json_and_page(compared, sysu, tmp_path, capsys):
     path, methods = compared
     files = [method.name for method in methods[:2]]
