@@ -8,9 +8,11 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import narrow
 import numpy as np
 import pytest
 import torch
+import torchvision
 import warm
 from PIL import Image
 
@@ -128,6 +130,12 @@ def pytest_sessionstart(session):
         reporter.write_line(
             f"only {free / 1e9:.1f} GB are free in {folder}: the tests need {DISK / 1e9:.0f} GB"
         )
+
+
+@pytest.fixture
+def whole_resnet18(monkeypatch):
+    """ResNet-18 with all its channels in this process."""
+    monkeypatch.setattr(torchvision.models, "get_model", narrow.WHOLE)
 
 
 @pytest.fixture

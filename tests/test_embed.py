@@ -69,7 +69,7 @@ def test_features_are_those_of_the_images(run, checkpoint, tmp_path):
     same(contents(tmp_path / "out"), embedded_anew(checkpoint, paths))
     manifest = read_manifest(tmp_path / "out")
     assert manifest.fingerprint == fingerprint(load_checkpoint(checkpoint))
-    assert (manifest.dim, manifest.modality, manifest.height, manifest.width) == (512, "infrared", 32, 16)
+    assert (manifest.dim, manifest.modality, manifest.height, manifest.width) == (64, "infrared", 32, 16)
     assert (manifest.precision, manifest.complete) == ("float32", True)
 
 
@@ -121,6 +121,8 @@ def test_nothing_but_unreadable_files(run, tmp_path):
 
 KILLED = """
 import os, signal, sys
+sys.path.append({tests!r})
+import narrow  # as here
 from tools import embed
 from retrieval import shards
 embed.SHARD_ROWS = 6
@@ -140,7 +142,7 @@ def test_a_killed_run_goes_on(run, checkpoint, tmp_path, monkeypatch):
     words = ["--resume", checkpoint, "--images", tmp_path / "in", "--modality", "infrared"]
     words += ["--output", tmp_path / "out", "--gpu", "-1", "--test-batch", "3"]
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(after=1), *map(str, words)],
+        [sys.executable, "-c", KILLED.format(after=1, tests=os.path.dirname(__file__)), *map(str, words)],
         cwd=tmp_path, env=os.environ | ENVIRONMENT, timeout=120, check=False,
     )  # fmt: skip
     assert killed.returncode == -9
@@ -237,7 +239,7 @@ def test_rows_are_coded_also_those_that_were_not(run, tmp_path):
     run(tmp_path / "in")
     (shard,) = shards_of(tmp_path / "out")
     codes = shard.coded.read_bytes()
-    assert shard.codes((3, 512)).codes.any(axis=1).all()
+    assert shard.codes((3, 64)).codes.any(axis=1).all()
     shard.coded.unlink()  # a folder of an earlier version
     os.remove(paths[0])
     (tmp_path / "out" / "000-000009.codes").write_bytes(b"of a run that was killed before its table")

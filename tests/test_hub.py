@@ -12,6 +12,8 @@ from conftest import REPOSITORY, draw_images, random_checkpoint
 from model import TwoStreamResNet
 from retrieval.embeddings import open_embedder
 
+pytestmark = pytest.mark.usefixtures("whole_resnet18")  # what a new interpreter has
+
 PAGES = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
 EXAMPLES = [
     (page.name, block)

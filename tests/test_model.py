@@ -12,6 +12,8 @@ from checkpoints import save_checkpoint
 from model import GeM, NonLocal, PowerMean, TwoStreamResNet, extract_features, folded, from_checkpoint
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures("whole_resnet18")
+
 
 def randomise_batch_norms(model):
     for module in model.modules():

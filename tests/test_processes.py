@@ -15,7 +15,6 @@ from operator import itemgetter
 
 import pytest
 import torch
-import torchvision
 import warm
 from conftest import draw_sysu, random_checkpoint
 from plain_training import tables
@@ -34,17 +33,6 @@ FLAGS = [
     "--img-h", "16", "--img-w", "8", "--pad", "2", "--arch", "resnet18", "--weights", "none",
     "--num-pos", "2", "--gpu", "-1", "--amp", "off", "--workers", "1", "--select", "last", "--lr", "3.5e-5",
 ]  # fmt: skip
-
-
-class NarrowResNet(torchvision.models.ResNet):
-    """ResNet-18 with an eighth of the channels: in float64 the whole one takes minutes."""
-
-    def __init__(self):
-        super().__init__(torchvision.models.resnet.BasicBlock, [2, 2, 2, 2])
-        self.fc = torch.nn.Linear(512 // 8, 1)
-
-    def _make_layer(self, block, planes, *args, **settings):
-        return super()._make_layer(block, planes // 8, *args, **settings)
 
 
 def build(root, processes, *flags):
@@ -126,7 +114,6 @@ def table_of(root, folder, processes):
 def work(number, ports, root, folder):
     """One of four processes: take part in runs of four, three and two; the last one runs alone meanwhile."""
     torch.set_num_threads(1)
-    torchvision.models.get_model = lambda arch: NarrowResNet()
     for count, port in ports.items():
         if number != 3 if count == 1 else number >= count:
             continue

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+import warm
 from conftest import ENVIRONMENT, REPOSITORY, command, tiny_flags
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -42,13 +43,8 @@ def only(folder, pattern):
 def start(folder, *args):
     """train.py in a process group of its own, in a folder; what it prints goes to the folder's `output`."""
     folder.mkdir(exist_ok=True)
-    with open(folder / "output", "w") as output:
-        return subprocess.Popen(
-            command("train.py", *args), cwd=folder, env=os.environ | ENVIRONMENT, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-            # A shell lets its background jobs ignore Ctrl-C, and what they start inherits that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+    words, output = command("train.py", *args)[1:], folder / "output"
+    return warm.Started(words, warm.start(words, folder, os.environ | ENVIRONMENT, output, output))
 
 
 def wait_until_it_says(words, process, folder, seconds=300):
@@ -363,7 +359,7 @@ def test_events_that_cannot_be_written_stop_the_run(unfinished, train_here, monk
 
 
 def test_weights_that_are_not_finite_stop_the_run(sysu, tmp_path, train_here):
-    state = torchvision.models.resnet18().state_dict()
+    state = torchvision.models.get_model("resnet18").state_dict()
     state["layer1.0.conv1.weight"][0] = torch.nan
     torch.save(state, tmp_path / "resnet18.pth")
     flags = [*tiny_flags(sysu), "--weights", tmp_path / "resnet18.pth", "--epochs", 1]

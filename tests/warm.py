@@ -24,6 +24,7 @@ PRELOADED = [
     "tqdm",
     "filelock",
     "torch.utils.tensorboard",
+    "narrow",  # ResNet-18, as here
 ]
 
 
@@ -32,7 +33,7 @@ def warm_context(threads):
     """The context whose processes are forked; threads: OMP_NUM_THREADS, which torch reads when imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": threads}):
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(Path(__file__).parent)}):
         multiprocessing.forkserver.ensure_running()
     return context
 
@@ -67,23 +68,11 @@ def be(words, cwd, env, paths, out, err):
     run_words(words, cwd, paths)
 
 
-class Fork:
-    """A process that torchrun starts: what it uses of subprocess.Popen, of a fork of torchrun's process."""
+class Started:
+    """A process of multiprocessing, with what is used here of subprocess.Popen."""
 
-    def __init__(self, paths, args, env, **_):
-        words = [word for word in args[1:] if word != "-u"]  # the output is not buffered anyway
-        self.args = args
-        self.process = multiprocessing.get_context("fork").Process(target=self.be, args=(words, env, paths))
-        self.process.start()
-        os.setpgid(self.process.pid, self.process.pid)  # torchrun signals a group
-        self.pid = self.process.pid
-
-    @staticmethod
-    def be(words, env, paths):
-        """Become the process of `python WORDS`."""
-        os.environ.clear()
-        os.environ.update(env)
-        run_words(words, os.getcwd(), paths)
+    def __init__(self, args, process):
+        self.args, self.process, self.pid = args, process, process.pid
 
     def poll(self):
         """The exit status, negative after a signal; None: it runs."""
@@ -95,6 +84,28 @@ class Fork:
         if self.process.exitcode is None:
             raise subprocess.TimeoutExpired(self.args, timeout)
         return self.process.exitcode
+
+    def kill(self):
+        """End it at once."""
+        self.process.kill()
+
+
+class Fork(Started):
+    """A process that torchrun starts, as a fork of torchrun's."""
+
+    def __init__(self, paths, args, env, **_):
+        words = [word for word in args[1:] if word != "-u"]  # the output is not buffered anyway
+        process = multiprocessing.get_context("fork").Process(target=self.be, args=(words, env, paths))
+        process.start()
+        super().__init__(args, process)
+        os.setpgid(self.pid, self.pid)  # torchrun signals a group
+
+    @staticmethod
+    def be(words, env, paths):
+        """Become the process of `python WORDS`."""
+        os.environ.clear()
+        os.environ.update(env)
+        run_words(words, os.getcwd(), paths)
 
 
 def start(words, cwd, env, out, err):
