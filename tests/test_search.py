@@ -23,7 +23,7 @@ from retrieval.shards import Embeddings, Manifest, Shard, shards_of, write_manif
 from tools import embed, search
 from utils import UserError
 
-DIM = 512
+DIM = 64
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_only_allowed_rows_of_enough_similarity_are_found(tmp_path, by_codes, nu
 
 def test_a_sum_in_another_order_has_the_same_bits(tmp_path):
     rows = drawn("random", 50, 512)
-    queries, order = unit(50), np.random.default_rng(0).permutation(512)
+    queries, order = unit(50, 512), np.random.default_rng(0).permutation(512)
     sums = []
     for k, places in enumerate((np.arange(512), order)):
         write_rows(tmp_path / str(k), [rows[:, places]])
@@ -389,14 +389,14 @@ def test_other_galleries_are_refused(run, made_by, tmp_path):
     with pytest.raises(UserError, match="no embeddings there"):
         run(query)
     write_embeddings(gallery, [3], made_by="0123")
-    with pytest.raises(UserError, match=r"embedded by another checkpoint, a.t \(0123, D = 512\), not by"):
+    with pytest.raises(UserError, match=r"embedded by another checkpoint, a.t \(0123, D = 64\), not by"):
         run(query)
     write_embeddings(gallery, [3], made_by=made_by, dim=256)
     with pytest.raises(UserError, match="D = 256"):
         run(query)
     write_embeddings(gallery, [3], made_by=made_by)
     np.save(gallery / "000-000000.npy", np.zeros((3, 256), np.float16))
-    with pytest.raises(UserError, match=r"000-000000.npy: float16 \(3, 256\) is not float16 \(N, 512\)"):
+    with pytest.raises(UserError, match=r"000-000000.npy: float16 \(3, 256\) is not float16 \(N, 64\)"):
         run(query)
     write_embeddings(gallery, [3], made_by=made_by)
     np.save(gallery / "000-000000.npy", np.zeros((2, DIM), np.float16))
@@ -470,8 +470,9 @@ def test_the_document_s_store_finds_what_exact_search_finds(checkpoint, tmp_path
     shutil.copy(checkpoint, tmp_path / "RUN_best.t")
     (query,) = draw_images(tmp_path / "in", 1)
     shutil.copy(query, tmp_path / "night.png")
+    here = f"import sys; sys.path.append({os.path.dirname(__file__)!r}); import narrow\n"
     done = subprocess.run(
-        [sys.executable, "-c", code_with("lancedb")], cwd=tmp_path, env=os.environ | ENVIRONMENT,
+        [sys.executable, "-c", here + code_with("lancedb")], cwd=tmp_path, env=os.environ | ENVIRONMENT,
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
