@@ -224,11 +224,8 @@ def load_backbone(resnet: nn.Module, state: dict[str, torch.Tensor], source: str
     """Load a state dict of torchvision, without fc, into a torchvision ResNet; source is for messages."""
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     # Old weights, such as torchvision's of 2017, have no num_batches_tracked.
-    unneeded = {
-        k: v
-        for k, v in resnet.state_dict().items()
-        if k.startswith("fc.") or k.endswith("num_batches_tracked")
-    }
+    own = resnet.state_dict()
+    unneeded = {k: own[k] for k in own if k.startswith("fc.") or k.endswith("num_batches_tracked")}
     load_strictly(resnet, unneeded | state, source)
 
 
