@@ -15,7 +15,7 @@ from data_manager import DATASETS
 from evaluation.cameras import CameraScores, cameras_of
 from evaluation.rankings import RULES, Ranked, choose_queries
 from evaluation.similarity import Similarities, bins
-from evaluation.tables import COLUMNS, counts_of, per_cent, warnings
+from evaluation.tables import COLUMNS, camera_cells, counts_of, per_cent, warnings
 from images import decode
 from reporting import figures, rows, sprites
 from reporting.comparing import Listed, most_confused
@@ -199,7 +199,7 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
         "confused_by": confused_by,
         "confused": rows.confused_rows(confused),
         "similarities": rows.pair_rows(findings.similarities),
-        "cameras": rows.camera_rows(findings.by_camera),
+        "cameras": camera_cells(findings.by_camera),
         "settings": rows.setting_rows(findings.everyone),
         "facts": facts,
         "made_with": [(own.label, own.history.facts) for own in findings.everyone if own.history],
