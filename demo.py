@@ -25,14 +25,7 @@ SIZE = ("--img-h", "64", "--img-w", "48")
 # To train from scratch within minutes: a small network, a high rate, and one stem for both modalities. With
 # ImageNet weights and 160 epochs none of this is needed.
 NETWORK = ("--arch", "resnet18", "--stem", "shared", "--weights", "none")
-BATCHES = (
-    "--batch-size",
-    "16",
-    "--num-pos",
-    "1",
-    "--pad",
-    "3",
-)  # 10 pixels are too much for such small images
+BATCHES = ("--batch-size", "16", "--num-pos", "1", "--pad", "3")  # 10 are too much for such small images
 SCHEDULE = ("--lr", "0.001", "--warmup-epochs", "2", "--decay-epochs", "6", "8")
 EPOCHS = 9
 
@@ -43,12 +36,9 @@ def get_args_parser() -> Parser:
         description="Draw, preprocess, train and test on synthetic data, and make a report.",
         parents=[device_flags()],
     )
-    parser.add_argument(
-        "--output", default="demo", metavar="DIR", help="folder of all results (default: demo)"
-    )
-    parser.add_argument(
-        "--seed", type=seed_number, default=0, metavar="N", help="seed of drawing and training (default: 0)"
-    )
+    add = parser.add_argument
+    add("--output", default="demo", metavar="DIR", help="folder to write everything to")
+    add("--seed", type=seed_number, default=0, metavar="N", help="seed of everything that is drawn")
     return parser
 
 

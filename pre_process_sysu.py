@@ -24,19 +24,14 @@ def get_args_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0], parents=[data_flags()])
     parser.set_defaults(img_h=sysu.height, img_w=sysu.width)
     add = parser.add_argument
-    add("--output", metavar="DIR", help="folder for the arrays (default: --data-path, where train.py looks)")
+    add("--output", metavar="DIR", help="folder of the arrays (default: --data-path, where train.py looks)")
     add(
         "--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="values that become grey 0 and 255 in images of more than eight bits (default: found "
-        "from the images)",
+        help="values that become grey 0 and 255 in images of more than eight bits (default: found from the "
+        "training images)",
     )  # fmt: skip
-    add(
-        "--workers",
-        type=at_least(1),
-        default=os.cpu_count(),
-        metavar="N",
-        help="threads that decode (default: %(default)s)",
-    )
+    workers = {"type": at_least(1), "default": os.cpu_count(), "metavar": "N"}
+    add("--workers", **workers, help="threads that decode images")
     return parser
 
 
