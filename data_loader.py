@@ -232,11 +232,8 @@ class TrainLoader:
                 for modality in MODALITIES
             }
             pixels = self._read("visible", visible), self._read("infrared", infrared)
-            yield (
-                pinned(labels, self.device),
-                *pixels,
-                {m: draws[m] for m in MODALITIES if m in self.modalities},
-            )
+            used = {modality: draws[modality] for modality in MODALITIES if modality in self.modalities}
+            yield pinned(labels, self.device), *pixels, used
 
     def _read(self, modality: str, rows: np.ndarray) -> torch.Tensor:
         """The pixels of rows (n,) on the host; or the rows themselves if the device holds the pixels."""

@@ -53,13 +53,8 @@ def chance(root: Path, protocol: Protocol, seed: int) -> dict[str, float]:
     evaluation = Evaluation.draw(root, [protocol], DATASETS[protocol.dataset].trials)
     generator = torch.Generator().manual_seed(seed)
     images = evaluation.images()
-    features = Features.of_images(
-        images,
-        {
-            modality: F.normalize(torch.randn(len(samples), 64, generator=generator))
-            for modality, samples in images.items()
-        },
-    )
+    drawn = {m: torch.randn(len(samples), 64, generator=generator) for m, samples in images.items()}
+    features = Features.of_images(images, {m: F.normalize(tensor) for m, tensor in drawn.items()})
     scores = score(evaluation, features, intervals=False)[protocol]
     mean, _ = summarize([one.metrics for one in scores])
     return {"cmc": mean.cmc, "mAP": mean.mAP, "mINP": mean.mINP}
@@ -106,9 +101,8 @@ def main(args: object) -> None:
     run("-m tools.report", "--resume", *both, "--data-path", data, *machine, "--output", out / "report")
 
     identities = (data / "exp" / "test_id.txt").read_text().count(",") + 1
-    print(
-        f"\n{identities} identities never seen in training, infrared to visible, per cent, mean of ten trials"
-    )
+    words = "never seen in training, infrared to visible, per cent, mean of ten trials"
+    print(f"\n{identities} identities {words}")
     print(f"{'':10}{'rank-1':>8}{'rank-10':>9}{'mAP':>8}{'mINP':>8}")
     for name in ("chance", "untrained", "trained"):
         found = results[name]

@@ -241,12 +241,8 @@ def _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids) -> _Ids:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
     if protocol == "regdb":
         q_camids, g_camids = (np.zeros(number, np.int64) for number in shape)
-    ids = _Ids(
-        *(
-            as_ids(values, name).to(device)
-            for name, values in zip(_Ids._fields, (q_pids, g_pids, q_camids, g_camids), strict=True)
-        )
-    )
+    given = zip(_Ids._fields, (q_pids, g_pids, q_camids, g_camids), strict=True)
+    ids = _Ids(*(as_ids(values, name).to(device) for name, values in given))
     for name, values in ids._asdict().items():
         expected = shape[0] if name.startswith("q") else shape[1]
         if values.shape != (expected,):

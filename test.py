@@ -32,11 +32,8 @@ from utils import Parser, UserError, log, log_to_terminal, refuse_unwritable, ru
 
 def get_args_parser() -> Parser:
     """The command line; other settings come from the checkpoint or the dataset."""
-    parser = Parser(
-        prog="test.py",
-        description="Evaluate checkpoints or features.",
-        parents=[evaluation_flags()],
-    )
+    words = "Evaluate checkpoints or features."
+    parser = Parser(prog="test.py", description=words, parents=[evaluation_flags()])
     add = parser.add_argument
     add("--runtime", choices=RUNTIMES, default="torch", help="what computes the features, on the CPU")
     add("--flip", action="store_true", help="add rows with the mean feature of an image and its mirror")

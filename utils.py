@@ -164,13 +164,9 @@ def refuse_missing_checkpoints() -> None:
     with contextlib.suppress(UserError):
         args, others = parser.parse_known_args()
         for name in {*args.resume, *args.weights} - {"auto", "imagenet", "none"}:
-            found = (
-                "{trial}" in name
-                or "{seed}" in name
-                or Path(name).exists()
-                or Path(args.model_path, name).exists()
-            )
-            if not found and not {"-h", "--help"} & set(others):
+            several = "{trial}" in name or "{seed}" in name
+            found = Path(name).exists() or Path(args.model_path, name).exists()
+            if not (several or found) and not {"-h", "--help"} & set(others):
                 print(f"{Path(sys.argv[0]).name}: error: no file at {name}", file=sys.stderr)
                 sys.exit(2)
 

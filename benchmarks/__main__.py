@@ -25,16 +25,9 @@ import torch
 from utils import Parser, UserError, run_script, versions
 
 NAMES = (
-    "evaluation",
-    "reranking",
-    "memory_and_loss",
-    "training_step",
-    "extraction",
-    "embedding",
-    "search",
-    "start_up",
-    "preprocessing",
-)
+    "evaluation", "reranking", "memory_and_loss", "training_step", "extraction", "embedding", "search",
+    "start_up", "preprocessing",
+)  # fmt: skip
 COLUMNS = ("work", "baseline", "ours", "ratio", "target", "met", "note")
 
 

@@ -18,11 +18,8 @@ from utils import Parser, UserError, at_least, data_flags, device_flags, positiv
 
 def get_args_parser() -> Parser:
     """The command line of train.py; defaults that depend on the dataset are in dataset_defaults."""
-    parser = Parser(
-        prog="train.py",
-        description="Train memory-based contrastive embedding.",
-        parents=[data_flags(), device_flags()],
-    )
+    words, parents = "Train memory-based contrastive embedding.", [data_flags(), device_flags()]
+    parser = Parser(prog="train.py", description=words, parents=parents)
     add = parser.add_argument_group("dataset").add_argument
     add("--dataset", choices=DATASETS, default="sysu", help="the dataset to train on")
     add("--array-path", metavar="DIR", help="folder of the training arrays (default: the dataset's)")

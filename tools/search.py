@@ -49,11 +49,8 @@ li {{ width: 9em; overflow-wrap: anywhere; font-size: 12px }}
 
 def get_args_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="python -m tools.search",
-        description="Search a folder of embeddings by images.",
-        parents=[device_flags(amp=None)],
-    )
+    words, parents = "Search a folder of embeddings by images.", [device_flags(amp=None)]
+    parser = Parser(prog="python -m tools.search", description=words, parents=parents)
     add = parser.add_argument
     add("--resume", required=True, metavar="FILE", help="the checkpoint that embedded FOLDER")
     add("--gallery", required=True, metavar="FOLDER", help="the folder that tools.embed wrote")
