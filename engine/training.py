@@ -271,9 +271,7 @@ def build_loader(
     )
     recipe = DATASETS[args.dataset].recipe
     modalities = [modality for modality in MODALITIES if not (args.no_aux and modality == "aux")]
-    loader = TrainLoader(
-        arrays.images, labels, batches, recipe, device, args.seed, args.cache, args.pad, modalities
-    )
+    loader = TrainLoader(arrays.images, batches, recipe, device, args.cache, args.pad, modalities)
     counts = ", ".join(f"{(array >= 0).sum()} {modality}" for modality, array in labels.items())
     size, digits = f"{loader.height}x{loader.width}", (arrays.fingerprint or "of unknown origin")[:16]
     data = f"training data: {batches.classes} identities, {counts} images of {size}, {digits}"
