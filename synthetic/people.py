@@ -118,7 +118,7 @@ class _Figure:
         radii = np.asarray(radii) * np.linspace(scale_a, scale_b, len(radii))
         self.parts.append((0.5 * (near_a + near_b) + layer, (a, b, radii, cloth), style))
 
-    def cap(self, *tube, **style) -> None:
+    def round(self, *tube, **style) -> None:
         """Collect a tube with round ends."""
         self.add(*tube, cap=True, **style)
 
@@ -161,13 +161,13 @@ def _add_legs(figure: _Figure, who: Identity, stride: float) -> None:
         root, bend = (side * 0.048 * g, 0.5, 0), -0.5 * abs(stride)
         hip, knee, ankle = _limb(root, side * stride, bend, (0.235, 0.235), side * 0.04)
         toe = (ankle[0], ankle[1] - 0.008, ankle[2] + 0.075)
-        figure.cap(hip, knee, leg[:2], who.skin, -2)
-        figure.cap(knee, ankle, leg[1:], who.skin, -2)
-        figure.cap(ankle, toe, [0.027, 0.022], who.shoes, -1.9)
+        figure.round(hip, knee, leg[:2], who.skin, -2)
+        figure.round(knee, ankle, leg[1:], who.skin, -2)
+        figure.round(ankle, toe, [0.027, 0.022], who.shoes, -1.9)
         if who.bottom_cut == "shorts":
             figure.add(hip, _between(hip, knee, 0.85), trousers[:2], who.bottom, -1.8)
         elif who.bottom_cut in TROUSERS:
-            figure.cap(hip, knee, trousers[:2], who.bottom, -1.8)
+            figure.round(hip, knee, trousers[:2], who.bottom, -1.8)
             figure.add(knee, _between(knee, ankle, 0.95), trousers[1:], who.bottom, -1.8)
         if who.boots:
             radius = max(0.04, TROUSERS["slim"][1] * g + 0.004)
@@ -206,15 +206,15 @@ def _add_arms(figure: _Figure, who: Identity, swing: float, bends: np.ndarray) -
         shoulder, elbow, hand = _limb(root, -side * swing, bend, (0.17, 0.16), side * 0.14)
         layer = 0.02 * math.copysign(1, -side * math.sin(figure.facing))
         if who.sleeves != "long":
-            figure.cap(shoulder, elbow, [0.03 * g, 0.025 * g], who.skin, layer)
-            figure.cap(elbow, hand, [0.025 * g, 0.018 * g], who.skin, layer)
-        figure.cap(hand, _between(elbow, hand, 1.12), [0.022, 0.02], who.skin, layer)
+            figure.round(shoulder, elbow, [0.03 * g, 0.025 * g], who.skin, layer)
+            figure.round(elbow, hand, [0.025 * g, 0.018 * g], who.skin, layer)
+        figure.round(hand, _between(elbow, hand, 1.12), [0.022, 0.02], who.skin, layer)
         if who.sleeves != "none":
             end = elbow if who.sleeves == "long" else _between(shoulder, elbow, 0.62)
-            figure.cap(shoulder, _between(shoulder, end, 0.3), radii[[0, 0]], sleeve, layer + 0.001)
+            figure.round(shoulder, _between(shoulder, end, 0.3), radii[[0, 0]], sleeve, layer + 0.001)
             figure.add(shoulder, end, radii[:2], sleeve, layer + 0.001, cap=end == elbow)
         if who.sleeves == "long":
-            figure.cap(elbow, hand, radii[1:], sleeve, layer + 0.002)
+            figure.round(elbow, hand, radii[1:], sleeve, layer + 0.002)
     return hand
 
 
@@ -237,27 +237,27 @@ def _add_head(figure: _Figure, who: Identity) -> None:
     style, bald = who.hair_style, who.hair_style == "bald"
     hair = who.skin if bald else who.hair
     size = 1.55 if style == "afro" and who.hat_style == "none" else 1.0 if bald else 1.12
-    figure.cap((0, 0.945, -0.006), (0, 0.915, -0.006), [0.048 * size, 0.046 * size], hair, 0.3)
+    figure.round((0, 0.945, -0.006), (0, 0.915, -0.006), [0.048 * size, 0.046 * size], hair, 0.3)
     if cos > -0.4:  # the face turns away with the head
         wide = 0.029 + (0.011 if cos > 0 else 0.06) * cos
         reach = (0.025 if bald else 0.02) + max(0.029 - wide, 0)
-        figure.cap((0, 0.932, reach), (0, 0.9, reach), [wide, wide * 0.85], who.skin, 0.35)
+        figure.round((0, 0.932, reach), (0, 0.9, reach), [wide, wide * 0.85], who.skin, 0.35)
         dark = plain_cloth((0.28, 0.19, 0.16), 0.4, 0.85)
         for lateral in (-0.018, 0.018):
             if cos * 0.044 - lateral * sin > 0.015:
-                figure.cap((lateral, 0.93, 0.044), (lateral, 0.93, 0.044), [0.0042, 0.0042], dark, 0.4)
+                figure.round((lateral, 0.93, 0.044), (lateral, 0.93, 0.044), [0.0042, 0.0042], dark, 0.4)
         if cos > 0.3:
-            figure.cap((-0.012, 0.895, 0.04), (0.012, 0.895, 0.04), [0.003, 0.003], dark, 0.4)
+            figure.round((-0.012, 0.895, 0.04), (0.012, 0.895, 0.04), [0.003, 0.003], dark, 0.4)
     if style in HAIRSTYLES:
         layer = 0.32 if style == "bun" else 0.6 if cos < 0 else -0.2
         figure.add(*HAIRSTYLES[style], hair, layer, cap=style in ("ponytail", "bun"))
     if who.hat_style in HATS:
         figure.add(*HATS[who.hat_style], who.hat, 0.7)
     if who.hat_style == "cap":
-        figure.cap((0, 0.955, 0.03), (0, 0.95, 0.1), [0.026, 0.02], who.hat, 0.71 if cos > 0 else 0.2)
+        figure.round((0, 0.955, 0.03), (0, 0.95, 0.1), [0.026, 0.02], who.hat, 0.71 if cos > 0 else 0.2)
     elif who.hat_style == "brimmed":
         x, z = 0.085 * cos, 0.085 * sin  # a disc looks equally wide from everywhere
-        figure.cap((-x, 0.957, -z), (x, 0.957, z), [0.012, 0.02, 0.012], who.hat, 0.71)
+        figure.round((-x, 0.957, -z), (x, 0.957, z), [0.012, 0.02, 0.012], who.hat, 0.71)
 
 
 def _add_bag(figure: _Figure, who: Identity, hand: Point) -> None:
@@ -269,7 +269,7 @@ def _add_bag(figure: _Figure, who: Identity, hand: Point) -> None:
         figure.add((0, 0.82, -deep), (0, 0.6, -deep), np.array([0.75, 1, 1, 0.95]) * wide, bag)
         figure.add((0, 0.67, -deep - 0.03), (0, 0.63, -deep - 0.03), [0.7 * wide, 0.7 * wide], strap)
         for lateral in (-0.062, 0.062):
-            figure.cap((lateral, 0.835, 0.05), (lateral * 1.1, 0.64, 0.085), [0.013, 0.013], strap)
+            figure.round((lateral, 0.835, 0.05), (lateral * 1.1, 0.64, 0.085), [0.013, 0.013], strap)
     elif style == "messenger":
         for forward in (-0.085, 0.085):
             figure.add((-0.07, 0.835, forward * 0.6), (side, 0.52, forward), [0.012, 0.012], strap)
