@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.timing import row, run_alone
+from benchmarks.timing import alternate, row, run_alone
 from retrieval.search import nearest
 from retrieval.shards import Embeddings, Manifest, write_manifest, write_shard
 from tools.embed import SHARD_ROWS
@@ -129,17 +129,12 @@ def compared(
     rounds: int,
 ) -> dict:
     """One row: search against baseline, in alternating rounds, after both have found the same."""
-    calls = baseline, lambda queries, gallery: nearest(queries, gallery, TOP)
-    (values, positions), (similarities, found) = (call(queries, gallery) for call in calls)
+    calls = functools.partial(baseline, queries, gallery), functools.partial(nearest, queries, gallery, TOP)
+    (values, positions), (similarities, found) = (call() for call in calls)
     torch.testing.assert_close(similarities, values, atol=2e-6, rtol=0)
     common = float((found[:, :, None] == positions[:, None]).any(1).float().mean())
     assert common > 0.999, f"{work}: only {common:.4f} of the rows found are those of {name}"
-    seconds = [[], []]
-    for _ in range(rounds):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call(queries, gallery)
-            taken.append(time.perf_counter() - start)
-    (baseline_s, ours_s), least = map(statistics.median, seconds), min(seconds[0]) / min(seconds[1])
+    seconds = alternate(*calls, rounds)
+    note = f"{name}; {min(seconds[0]) / min(seconds[1]):.2f} x by the least of {rounds} rounds"
     work = f"exact search, {work}, {len(gallery):,} rows, D = {DIM:,}"
-    return row(work, (baseline_s, ours_s), target, f"{name}; {least:.2f} x by the least of {rounds} rounds")
+    return row(work, tuple(map(statistics.median, seconds)), target, note)

@@ -35,13 +35,21 @@ def compare(baseline: Callable[[], object], ours: Callable[[], object], repeats:
     On a GPU the callables must wait for it (torch.cuda.synchronize) before they return.
     """
     ours()  # the first call pays for threads, allocations and lazy imports
-    seconds = [[], []]
+    seconds = alternate(baseline, ours, repeats)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def alternate(
+    baseline: Callable[[], object], ours: Callable[[], object], repeats: int
+) -> tuple[list[float], list[float]]:
+    """Return the seconds of every run of (baseline, ours), run alternately."""
+    seconds = [], []
     for _ in range(repeats):
         for function, taken in zip((baseline, ours), seconds, strict=True):
             start = time.perf_counter()
             function()
             taken.append(time.perf_counter() - start)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+    return seconds
 
 
 def wait_for(device: torch.device | str) -> None:
