@@ -158,10 +158,8 @@ def in_words(jackknife: Jackknife) -> str:
         half = f" ± {100 * interval.half:.1f}" if count >= PRINTED else ""
         parts.append(f"{measure} {100 * interval.value:.1f}{half}")
     few = ", few persons" if PRINTED <= count < MARKED else ""
-    persons = (
-        f"95 %, {count} persons{few}" if count >= PRINTED else f"{count} persons: too few for an interval"
-    )
-    return f"{', '.join(parts)} ({persons})"
+    sure = f"95 %, {count} persons{few}" if count >= PRINTED else f"{count} persons: too few for an interval"
+    return f"{', '.join(parts)} ({sure})"
 
 
 def how_sure(methods: Sequence[Method]) -> list[str]:
@@ -224,9 +222,8 @@ def _scope(method: Method) -> str:
             numbers = ", ".join(map(str, trials))
             scope = f"mean over {len(trials)} of the {len(facts.trials)} trials ({numbers})"
         if facts is DATASETS["regdb"]:
-            scope += (
-                ", each with its own model" if len(method.sources[0]) > 1 else ", one model for all of them"
-            )
+            several = len(method.sources[0]) > 1
+            scope += ", each with its own model" if several else ", one model for all of them"
     scope += f" and {len(method.sources)} seeds" if len(method.sources) > 1 else ""
     return scope + (f"; {method.evaluation.short}" if method.evaluation.short else "")
 

@@ -142,9 +142,8 @@ class Findings:
     def maps(self) -> Figure | None:
         """Where the similarities of the first chosen queries come from; None without a network."""
         rows = self.first.maps(self.protocol, self.chosen[:MAPPED], self.ranked(self.pictured))
-        return (
-            figures.images(rows, [*("query", "", "1st", ""), *("query", "", "match", "")]) if rows else None
-        )
+        heading = ["query", "", "1st", "", "query", "", "match", ""]
+        return figures.images(rows, heading) if rows else None
 
     def curves(self) -> Panels | None:
         """Learning curves of the runs whose history was found, by quantity; None if none is a curve."""
@@ -185,6 +184,7 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
     drawn = write_figures(findings, FIGURES, folder)
     scores = findings.lists[0].each.method.results[findings.protocol, False, None].mean
     confused_by, confused = findings.confused
+    evaluation = findings.first.evaluation
     context = {
         "title": DATASETS[findings.protocol.dataset].title,
         "findings": findings,
@@ -204,9 +204,7 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
         "facts": facts,
         "made_with": [(own.label, own.history.facts) for own in findings.everyone if own.history],
         "selections": [(each.label, rows.selection(each)) for each in findings.everyone],
-        "notes": list(
-            filter(None, [findings.first.evaluation.short, *warnings(counts_of(findings.first.evaluation))])
-        ),
+        "notes": list(filter(None, [evaluation.short, *warnings(counts_of(evaluation))])),
         "data": browser(findings, workers),
         "style": Markup((templates / "report.css").read_text(encoding="utf-8")),
         "script": Markup((templates / "report.js").read_text(encoding="utf-8")),
