@@ -223,7 +223,9 @@ class Canvas:
 # Where a wall has its second ink, at (x, y) in heights of the image; plain: a skirting board.
 WALLS = {
     "plain": lambda x, y, horizon: y > horizon - 0.035,
-    "bricks": lambda x, y, horizon: (y % 0.045 < 0.008) | ((x + 0.05 * (y // 0.045 % 2)) % 0.1 < 0.008),
+    "bricks": lambda x, y, horizon: (
+        (y % 0.045 < 0.008) | ((x + 0.05 * (np.floor(y / 0.045) % 2)) % 0.1 < 0.008)
+    ),
     "tiles": lambda x, y, horizon: (y % 0.11 < 0.008) | (x % 0.11 < 0.008),
     "panels": lambda x, y, horizon: x % 0.16 < 0.012,
 }
