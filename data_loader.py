@@ -61,7 +61,7 @@ class IdentityBatches:
         rank: int = 0,
         world_size: int = 1,
     ):
-        self.batch_size, self.num_pos = batch_size, num_pos
+        self.labels, self.batch_size, self.num_pos = labels, batch_size, num_pos
         self.seed, self.rank, self.world_size = seed, rank, world_size
         rows = batch_size * num_pos
         self.whole, self.mine = rows * world_size, slice(rank * rows, (rank + 1) * rows)
@@ -133,11 +133,9 @@ class TrainLoader:
 
     Args:
         images: {"visible": (N, H, W, 3) uint8, "infrared": (M, H, W, 3) uint8}.
-        labels: {modality: (N,) int64}; -1: an image that is not trained on.
-        batches: the images of each step.
+        batches: the images of each step, all labels, and the seed, which is that of all other draws too.
         recipe: the augmentation, "sysu" or "regdb".
         device: where batches are augmented and used.
-        seed: of augmentation and of the memory's channels.
         cache: where the images are kept: "device"; "host", this process's memory; "disk", memory-mapped, so
             that several processes share them; "auto": the device if it is a GPU and they fit in a third of
             its free memory, else the disk. The attribute cache holds the choice.
@@ -151,16 +149,15 @@ class TrainLoader:
     def __init__(
         self,
         images: dict[str, np.ndarray],
-        labels: dict[str, np.ndarray],
         batches: IdentityBatches,
         recipe: str,
         device: torch.device,
-        seed: int,
         cache: str = "auto",
         pad: int = PAD,
         modalities: Sequence[str] = MODALITIES,
     ):
-        self.labels, self.batches, self.recipe, self.device, self.seed = labels, batches, recipe, device, seed
+        self.batches, self.recipe, self.device = batches, recipe, device
+        self.labels, self.seed = batches.labels, batches.seed
         self.height, self.width = images["visible"].shape[1:3]
         self.pad, self.modalities = pad, modalities
         self.wait_seconds = 0.0  # time that the last epoch waited for input
@@ -232,11 +229,8 @@ class TrainLoader:
                 for modality in MODALITIES
             }
             pixels = self._read("visible", visible), self._read("infrared", infrared)
-            yield (
-                pinned(labels, self.device),
-                *pixels,
-                {m: draws[m] for m in MODALITIES if m in self.modalities},
-            )
+            used = {modality: draws[modality] for modality in MODALITIES if modality in self.modalities}
+            yield pinned(labels, self.device), *pixels, used
 
     def _read(self, modality: str, rows: np.ndarray) -> torch.Tensor:
         """The pixels of rows (n,) on the host; or the rows themselves if the device holds the pixels."""

@@ -25,14 +25,7 @@ SIZE = ("--img-h", "64", "--img-w", "48")
 # To train from scratch within minutes: a small network, a high rate, and one stem for both modalities. With
 # ImageNet weights and 160 epochs none of this is needed.
 NETWORK = ("--arch", "resnet18", "--stem", "shared", "--weights", "none")
-BATCHES = (
-    "--batch-size",
-    "16",
-    "--num-pos",
-    "1",
-    "--pad",
-    "3",
-)  # 10 pixels are too much for such small images
+BATCHES = ("--batch-size", "16", "--num-pos", "1", "--pad", "3")  # 10 are too much for such small images
 SCHEDULE = ("--lr", "0.001", "--warmup-epochs", "2", "--decay-epochs", "6", "8")
 EPOCHS = 9
 
@@ -43,12 +36,9 @@ def get_args_parser() -> Parser:
         description="Draw, preprocess, train and test on synthetic data, and make a report.",
         parents=[device_flags()],
     )
-    parser.add_argument(
-        "--output", default="demo", metavar="DIR", help="folder of all results (default: demo)"
-    )
-    parser.add_argument(
-        "--seed", type=seed_number, default=0, metavar="N", help="seed of drawing and training (default: 0)"
-    )
+    add = parser.add_argument
+    add("--output", default="demo", metavar="DIR", help="folder to write everything to")
+    add("--seed", type=seed_number, default=0, metavar="N", help="seed of everything that is drawn")
     return parser
 
 
@@ -63,13 +53,8 @@ def chance(root: Path, protocol: Protocol, seed: int) -> dict[str, float]:
     evaluation = Evaluation.draw(root, [protocol], DATASETS[protocol.dataset].trials)
     generator = torch.Generator().manual_seed(seed)
     images = evaluation.images()
-    features = Features.of_images(
-        images,
-        {
-            modality: F.normalize(torch.randn(len(samples), 64, generator=generator))
-            for modality, samples in images.items()
-        },
-    )
+    drawn = {m: torch.randn(len(samples), 64, generator=generator) for m, samples in images.items()}
+    features = Features.of_images(images, {m: F.normalize(tensor) for m, tensor in drawn.items()})
     scores = score(evaluation, features, intervals=False)[protocol]
     mean, _ = summarize([one.metrics for one in scores])
     return {"cmc": mean.cmc, "mAP": mean.mAP, "mINP": mean.mINP}
@@ -116,9 +101,8 @@ def main(args: object) -> None:
     run("-m tools.report", "--resume", *both, "--data-path", data, *machine, "--output", out / "report")
 
     identities = (data / "exp" / "test_id.txt").read_text().count(",") + 1
-    print(
-        f"\n{identities} identities never seen in training, infrared to visible, per cent, mean of ten trials"
-    )
+    words = "never seen in training, infrared to visible, per cent, mean of ten trials"
+    print(f"\n{identities} identities {words}")
     print(f"{'':10}{'rank-1':>8}{'rank-10':>9}{'mAP':>8}{'mINP':>8}")
     for name in ("chance", "untrained", "trained"):
         found = results[name]

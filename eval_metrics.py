@@ -1,4 +1,4 @@
-"""CMC, mAP and mINP under the three protocols, and the loop over trials (docs/method.md, section 8).
+"""CMC, mAP and mINP under the three protocols, and their mean over trials (docs/method.md, section 8).
 
 A query has few matches, so its gallery is not sorted: the number of nearer images is the rank of a match.
 Images that the protocol ignores get distance infinity. Only the galleries of queries with ties are sorted.
@@ -6,7 +6,7 @@ Distances come in blocks of queries, cut from a distance matrix or computed from
 is needed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ import torch
 
 from devices import Array, as_features, as_ids, as_tensor, unit_features
 from evaluation.counting import Gallery, count, rank_matches
-from reranking import RERANKING
 from reranking import k_reciprocal as k_reciprocal  # other projects import it from here
 
 PROTOCOLS = ("sysu", "regdb", "llcm")
@@ -186,24 +185,6 @@ def evaluate_distmat(
     return _evaluate(blocks, ids, protocol, show)
 
 
-def evaluate_trials(
-    trials: Iterable[Trial],
-    protocol: str,
-    rerank: str | Callable[[Array, Array], Array] | None = None,
-    max_rank: int = 20,
-) -> list[Metrics]:
-    """Evaluate each trial; see evaluate_queries. rerank may be a name in reranking.RERANKING too.
-
-    Raises:
-        ValueError: an unknown name of a re-ranking; see also eval_features.
-    """
-    if isinstance(rerank, str):
-        if rerank not in RERANKING:
-            raise ValueError(f"rerank must be None or one of {', '.join(RERANKING)}, not {rerank!r}")
-        rerank = RERANKING[rerank]
-    return [evaluate_queries(trial, protocol, rerank).metrics(max_rank) for trial in trials]
-
-
 def summarize(results: Sequence[Metrics]) -> tuple[Metrics, Metrics]:
     """Return mean and (population) standard deviation over trials."""
     cmc, mAP, mINP = (np.array(values, dtype=np.float64) for values in zip(*results, strict=True))
@@ -260,12 +241,8 @@ def _ids(protocol, shape, device, q_pids, g_pids, q_camids, g_camids) -> _Ids:
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, not {protocol!r}")
     if protocol == "regdb":
         q_camids, g_camids = (np.zeros(number, np.int64) for number in shape)
-    ids = _Ids(
-        *(
-            as_ids(values, name).to(device)
-            for name, values in zip(_Ids._fields, (q_pids, g_pids, q_camids, g_camids), strict=True)
-        )
-    )
+    given = zip(_Ids._fields, (q_pids, g_pids, q_camids, g_camids), strict=True)
+    ids = _Ids(*(as_ids(values, name).to(device) for name, values in given))
     for name, values in ids._asdict().items():
         expected = shape[0] if name.startswith("q") else shape[1]
         if values.shape != (expected,):

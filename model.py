@@ -23,6 +23,8 @@ ARCHS = ("resnet50", "resnet18")
 STEMS = ("two-stream", "shared")
 NON_LOCAL_BLOCKS = {"layer2": 2, "layer3": 3}  # after how many of a layer's last residual blocks
 
+Images = torch.Tensor | None  # (N, 3, H, W) of one modality
+
 
 def moments(x: torch.Tensor, dims: tuple[int, ...] | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Variance (without Bessel's correction) and mean over dims (None: all), and of how many values."""
@@ -180,9 +182,7 @@ class TwoStreamResNet(nn.Module):
         if trained:
             start_from(self, trained, source)
 
-    def pooled(
-        self, visible: torch.Tensor | None = None, infrared: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def pooled(self, visible: Images = None, infrared: Images = None) -> torch.Tensor:
         """Images (N, 3, H, W) of either or both modalities -> pooled features (N, D), visible rows first."""
         streams = [(name, x) for name, x in (("visible", visible), ("infrared", infrared)) if x is not None]
         if self.stem == "shared":  # one pass, so that batch statistics cover all images
@@ -195,10 +195,7 @@ class TwoStreamResNet(nn.Module):
         return self.pool(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
 
     def forward(
-        self,
-        visible: torch.Tensor | None = None,
-        infrared: torch.Tensor | None = None,
-        with_pooled: bool = False,
+        self, visible: Images = None, infrared: Images = None, with_pooled: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Images (N, 3, H, W) of either or both modalities -> BNNeck outputs (N, D), visible rows first.
 
@@ -224,11 +221,8 @@ def load_backbone(resnet: nn.Module, state: dict[str, torch.Tensor], source: str
     """Load a state dict of torchvision, without fc, into a torchvision ResNet; source is for messages."""
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     # Old weights, such as torchvision's of 2017, have no num_batches_tracked.
-    unneeded = {
-        k: v
-        for k, v in resnet.state_dict().items()
-        if k.startswith("fc.") or k.endswith("num_batches_tracked")
-    }
+    own = resnet.state_dict()
+    unneeded = {k: own[k] for k in own if k.startswith("fc.") or k.endswith("num_batches_tracked")}
     load_strictly(resnet, unneeded | state, source)
 
 
@@ -254,14 +248,10 @@ def start_from(model: TwoStreamResNet, checkpoint: dict, source: str) -> None:
 
 def load_strictly(module: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
     """load_state_dict that raises UserError, in one line that names source, if something does not fit."""
-    expected = module.state_dict()
-    misfits = [f"{key} is missing" for key in expected if key not in state]
-    misfits += [f"{key} is unknown" for key in state if key not in expected]
-    misfits += [
-        f"{key} is {tuple(state[key].shape)} there, {tuple(expected[key].shape)} here"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
-    ]
+    here, there = ({k: tuple(v.shape) for k, v in d.items()} for d in (module.state_dict(), state))
+    misfits = [f"{key} is missing" for key in here if key not in there]
+    misfits += [f"{key} is unknown" for key in there if key not in here]
+    misfits += [f"{k} is {there[k]} there, {here[k]} here" for k in here if there.get(k, here[k]) != here[k]]
     if misfits:
         more = f" and {len(misfits) - 1} more" if len(misfits) > 1 else ""
         raise UserError(f"{source} does not fit the network: {misfits[0]}{more}")

@@ -14,7 +14,7 @@ import time
 import numpy as np
 
 from data_manager import DATASETS, class_labels, dataset_root, train_samples
-from readers.arrays import TrainingImages, array_files, write_training_arrays
+from readers.arrays import ArrayFiles, TrainingImages
 from utils import Parser, at_least, data_flags, log_to_terminal, run_script
 
 
@@ -24,19 +24,14 @@ def get_args_parser() -> Parser:
     parser = Parser(description=__doc__.split("\n")[0], parents=[data_flags()])
     parser.set_defaults(img_h=sysu.height, img_w=sysu.width)
     add = parser.add_argument
-    add("--output", metavar="DIR", help="folder for the arrays (default: --data-path, where train.py looks)")
+    add("--output", metavar="DIR", help="folder of the arrays (default: --data-path, where train.py looks)")
     add(
         "--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="values that become grey 0 and 255 in images of more than eight bits (default: found "
-        "from the images)",
+        help="values that become grey 0 and 255 in images of more than eight bits (default: found from the "
+        "training images)",
     )  # fmt: skip
-    add(
-        "--workers",
-        type=at_least(1),
-        default=os.cpu_count(),
-        metavar="N",
-        help="threads that decode (default: %(default)s)",
-    )
+    workers = {"type": at_least(1), "default": os.cpu_count(), "metavar": "N"}
+    add("--workers", **workers, help="threads that decode images")
     return parser
 
 
@@ -49,9 +44,9 @@ def main(args: argparse.Namespace) -> None:
     paths = {modality: samples[modality].paths for modality in samples}
     pids = np.unique(samples["visible"].pids)
     source = TrainingImages(paths, class_labels(samples), pids)
-    output = args.output or root
-    write_training_arrays(output, source, args.img_h, args.img_w, args.workers, pixel_range=args.pixel_range)
-    for modality, (file, _) in array_files(output).items():
+    arrays = ArrayFiles(args.output or root, args.img_h, args.img_w)
+    arrays.write(source, args.workers, args.pixel_range)
+    for modality, (file, _) in arrays.files.items():
         size = f"{args.img_h}x{args.img_w}, {file.stat().st_size / 1e6:.1f} MB"
         print(f"{file}: {len(paths[modality])} {modality} images {size}")
     print(f"{len(pids)} identities in {time.perf_counter() - start:.1f} s")

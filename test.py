@@ -32,23 +32,14 @@ from utils import Parser, UserError, log, log_to_terminal, refuse_unwritable, ru
 
 def get_args_parser() -> Parser:
     """The command line; other settings come from the checkpoint or the dataset."""
-    parser = Parser(
-        prog="test.py",
-        description="Evaluate checkpoints or features. --dataset, --img-h, "
-        "--img-w and --amp default to what the checkpoint was trained with.",
-        parents=[evaluation_flags()],
-    )
+    words = "Evaluate checkpoints or features."
+    parser = Parser(prog="test.py", description=words, parents=[evaluation_flags()])
     add = parser.add_argument
-    add(
-        "--runtime",
-        choices=RUNTIMES,
-        default="torch",
-        help="what computes the features, on the CPU (default: torch)",
-    )
+    add("--runtime", choices=RUNTIMES, default="torch", help="what computes the features, on the CPU")
     add("--flip", action="store_true", help="add rows with the mean feature of an image and its mirror")
-    add("--cameras", action="store_true", help="rank-1 and mAP by pair of cameras too, also in --json")
+    add("--cameras", action="store_true", help="print rank-1 and mAP by pair of cameras too, also in --json")
     add = parser.add_argument_group("outputs").add_argument
-    add("--format", choices=STYLES, default="text", help="format of the table (default: text)")
+    add("--format", choices=STYLES, default="text", help="format of the table")
     add("--json", metavar="FILE", help="write settings, metrics of every trial, their mean and intervals")
     add("--save-features", metavar="FILE.npz", help="write features, paths, pids and camids")
     add("--save-mat", metavar="DIR", help="write features for the SYSU-MM01 authors' MATLAB evaluation")

@@ -124,11 +124,21 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 # Command lines
 
 
+class Help(argparse.HelpFormatter):
+    """Help that says the default of each flag that has one, unless the flag's own words do."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        default = action.default
+        silent = isinstance(default, bool | list) or default in (None, argparse.SUPPRESS)
+        told = silent or "(default: " in action.help
+        return action.help if told else f"{action.help} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse that accepts --img_h for --img-h, has no abbreviations and raises UserError."""
+    """argparse that accepts --img_h for --img-h, has no abbreviations, raises UserError and says defaults."""
 
     def __init__(self, **kwargs: object):
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         """Replace underscores in flag names by hyphens, then parse."""
@@ -154,13 +164,9 @@ def refuse_missing_checkpoints() -> None:
     with contextlib.suppress(UserError):
         args, others = parser.parse_known_args()
         for name in {*args.resume, *args.weights} - {"auto", "imagenet", "none"}:
-            found = (
-                "{trial}" in name
-                or "{seed}" in name
-                or Path(name).exists()
-                or Path(args.model_path, name).exists()
-            )
-            if not found and not {"-h", "--help"} & set(others):
+            several = "{trial}" in name or "{seed}" in name
+            found = Path(name).exists() or Path(args.model_path, name).exists()
+            if not (several or found) and not {"-h", "--help"} & set(others):
                 print(f"{Path(sys.argv[0]).name}: error: no file at {name}", file=sys.stderr)
                 sys.exit(2)
 
@@ -191,37 +197,37 @@ def positive(text: str) -> float:
     return value
 
 
-def data_flags() -> Parser:
-    """Flags of every script that reads a dataset's images."""
+def add_size_flags(add: Callable, height: str = "the checkpoint's", width: str = "the checkpoint's") -> None:
+    """Add the flags of an image's size; height, width: what is said of their defaults."""
+    pixels = {"type": at_least(8), "metavar": "PIXELS"}
+    add("--img-h", **pixels, help=f"height that images are resized to (default: {height})")
+    add("--img-w", **pixels, help=f"width that images are resized to (default: {width})")
+
+
+def data_flags(*sizes: str) -> Parser:
+    """Flags of every script that reads a dataset's images; sizes: see add_size_flags."""
     parser = Parser(add_help=False)
-    group = parser.add_argument_group("data")
-    group.add_argument("--data-path", metavar="DIR", help="the dataset's folder (default: data/<dataset>)")
-    sizes = "384 SYSU-MM01 and LLCM, 288 RegDB", "128 SYSU-MM01, 144 RegDB and LLCM"
-    group.add_argument(
-        "--img-h", type=at_least(8), metavar="PIXELS", help=f"image height (default: {sizes[0]})"
-    )
-    group.add_argument(
-        "--img-w", type=at_least(8), metavar="PIXELS", help=f"image width (default: {sizes[1]})"
-    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data-path", metavar="DIR", help="the dataset's folder (default: data/<dataset>)")
+    sizes = sizes or ("384 SYSU-MM01 and LLCM, 288 RegDB", "128 SYSU-MM01, 144 RegDB and LLCM")
+    add_size_flags(add, *sizes)
     return parser
 
 
-def device_flags() -> Parser:
-    """Flags of every script that runs the network."""
+def device_flags(amp: str | None = "auto") -> Parser:
+    """Flags of every script that runs the network; amp: the default of --amp, None: the checkpoint's."""
     parser = Parser(add_help=False)
-    group = parser.add_argument_group("machine")
-    group.add_argument("--gpu", type=at_least(-1), metavar="INDEX", help="GPU; -1: the CPU (default: 0)")
-    workers = min(8, os.cpu_count() or 1)
-    group.add_argument(
-        "--workers", type=at_least(0), default=workers, metavar="N",
-        help=f"threads that decode images, at least one (default: {workers})",
+    add = parser.add_argument_group("machine").add_argument
+    add("--gpu", type=at_least(-1), metavar="INDEX", help="the GPU to run on; -1: the CPU (default: 0)")
+    add(
+        "--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), metavar="N",
+        help="threads that decode images, at least one",
     )  # fmt: skip
-    group.add_argument(
-        "--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
-        help="precision of the network; auto: the fastest native one; off: float32 (default: auto)",
-    )  # fmt: skip
-    group.add_argument(
-        "--test-batch", "--test-batch-size", type=at_least(1),
-        default=64, metavar="IMAGES", help="batch size of evaluation and memory building (default: 64)",
+    precision = "precision that the network runs in; auto: the fastest native one; off: float32"
+    precision += "" if amp else " (default: the checkpoint's)"
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default=amp, help=precision)
+    add(
+        "--test-batch", "--test-batch-size", type=at_least(1), default=64, metavar="IMAGES",
+        help="images that are embedded at a time, in evaluation and memory building",
     )  # fmt: skip
     return parser

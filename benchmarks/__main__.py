@@ -25,33 +25,21 @@ import torch
 from utils import Parser, UserError, run_script, versions
 
 NAMES = (
-    "evaluation",
-    "reranking",
-    "memory_and_loss",
-    "training_step",
-    "processes",
-    "extraction",
-    "embedding",
-    "search",
-    "start_up",
-    "preprocessing",
-)
+    "evaluation", "reranking", "memory_and_loss", "training_step", "processes", "extraction", "embedding",
+    "search", "start_up", "preprocessing",
+)  # fmt: skip
 COLUMNS = ("work", "baseline", "ours", "ratio", "target", "met", "note")
 
 
 def get_args_parser() -> Parser:
     """The command line."""
     parser = Parser(prog="python -m benchmarks", description="Measure this project's speed; one table.")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)"
-    )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything runs")
-    parser.add_argument(
-        "--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help=", ".join(NAMES)
-    )
-    parser.add_argument(
-        "--format", choices=("text", "markdown"), default="text", help="format of the table (default: text)"
-    )
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
+    add("--quick", action="store_true", help="take tiny sizes, to check that everything runs")
+    only = f"measure only some of {', '.join(NAMES)} (default: all)"
+    add("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME", help=only)
+    add("--format", choices=("text", "markdown"), default="text", help="format of the table")
     return parser
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from augmentation import normalize
 from benchmarks.preprocessing import draw_jpegs
-from benchmarks.timing import compare, wait_for
+from benchmarks.timing import compare, row, wait_for
 from evaluation.flags import RUNTIMES
 from evaluation.runtimes import for_evaluation
 from model import NonLocal, TwoStreamResNet, extract_features
@@ -55,20 +55,17 @@ def runtime_rows(quick: bool, dtype: torch.dtype | None) -> Iterator[dict]:
 
         difference = (embed(other) - embed(network)).abs().max().item()
         assert difference < (1e-4 if precision is None else 1e-2)
-        baseline_s, ours_s = compare(partial(embed, network), partial(embed, other), 1 if quick else 7)
-        yield {
-            "work": f"{arch} at {height}x{width}, {batch} images, {precision or torch.float32}: trained, and "
-            + ("folded" if name == "torch" else f"in {name}"),
-            "baseline_s": baseline_s,
-            "ours_s": ours_s,
-            "ratio": baseline_s / ours_s,
-            "bound": 1.15 if name == "torch" else 1.4,
-            "note": f"largest difference {difference:.1e}, {torch.get_num_threads()} threads",
-        }
+        seconds = compare(partial(embed, network), partial(embed, other), 1 if quick else 7)
+        what, bound = ("folded", 1.15) if name == "torch" else (f"in {name}", 1.4)
+        work = (
+            f"{arch} at {height}x{width}, {batch} images, {precision or torch.float32}: trained, and {what}"
+        )
+        note = f"largest difference {difference:.1e}, {torch.get_num_threads()} threads"
+        yield row(work, seconds, bound, note)
 
 
 def run(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Return the rows: dicts with work, baseline_s, ours_s, ratio, bound, note."""
+    """Return the rows of the table."""
     arch, height, width, batch = ("resnet18", 64, 32, 8) if quick else ("resnet50", 384, 128, 64)
     batches, repeats = (2, 1) if quick else (64, 3) if device == "cuda" else (2, 3)
     embedder = Embedder(TwoStreamResNet(arch).eval(), height, width)
@@ -95,19 +92,12 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
         assert [record["path"] for record in shard.records()] == paths
         assert ((np.asarray(first, np.float32) * wanted.cpu().numpy()).sum(1) > 0.999).all()
         bare_s, ours_s = compare(bare, embed, repeats)
-    return [
-        {
-            "work": f"embedding JPEGs into shards, {height}x{width}, {arch}, batches of {batch}",
-            "baseline_s": bare_s,
-            "ours_s": ours_s,
-            "ratio": bare_s / ours_s,
-            "bound": 0.9,
-            "note": f"{count / ours_s:.1f} images/s, the bare forward pass {count / bare_s:.1f}",
-        },
-        *(runtime_rows(quick, dtype) if device == "cpu" else ()),
-    ]
+    work = f"embedding JPEGs into shards, {height}x{width}, {arch}, batches of {batch}"
+    note = f"{count / ours_s:.1f} images/s, the bare forward pass {count / bare_s:.1f}"
+    rows = [row(work, (bare_s, ours_s), 0.9, note)]
+    return rows + list(runtime_rows(quick, dtype) if device == "cpu" else ())
 
 
 if __name__ == "__main__":
-    for row in run():
-        print(row)
+    for line in run():
+        print(line)

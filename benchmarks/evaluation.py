@@ -1,4 +1,4 @@
-"""Evaluation by counting against a loop that sorts for each query. Run: python -m benchmarks.evaluation"""
+"""Evaluation by counting against a loop that sorts for each query."""
 
 import functools
 
@@ -6,25 +6,23 @@ import numpy as np
 import torch
 
 import eval_metrics
-from benchmarks.timing import compare, run_alone, run_on_gpu
+from benchmarks.timing import compare, row, run_alone, run_on_gpu
 from tests.oracles import evaluate_loop
 
 DIM = 2048
 
 
 def run(device: str = "cpu", quick: bool = False) -> list[dict]:
-    """Return one row per task: dicts with work, baseline_s, ours_s, ratio, bound, note."""
+    """Return one row per task."""
     rows = [_sysu(device), _regdb(device), _ten_trials(device, num_trials=2 if quick else 10)]
-    return rows + [
-        _scale(device, num_gallery) for num_gallery in ((10**4,) if quick else (10**4, 3 * 10**4, 10**5))
-    ]
+    return rows + [_scale(device, size) for size in ((10**4,) if quick else (10**4, 3 * 10**4, 10**5))]
 
 
 def _sysu(device: str) -> dict:
     rng = np.random.default_rng(0)
     trial = draw_sysu(rng, "cpu")
     distmat = (-trial.query_features @ trial.gallery_features.T).numpy()
-    return _row(
+    return _compared(
         "evaluation, SYSU-MM01, 3,803 x 301",
         lambda: evaluate_loop(distmat, *trial[2:], "sysu"),
         functools.partial(eval_metrics.eval_sysu, torch.from_numpy(distmat).to(device), *trial[2:]),
@@ -35,7 +33,7 @@ def _sysu(device: str) -> dict:
 def _regdb(device: str) -> dict:
     distmat = np.random.default_rng(1).random((2060, 2060), dtype=np.float32)
     pids = np.repeat(np.arange(206), 10)
-    return _row(
+    return _compared(
         "evaluation, RegDB, 2,060 x 2,060",
         lambda: evaluate_loop(distmat, pids, pids, pids, pids, "regdb"),
         functools.partial(eval_metrics.eval_regdb, torch.from_numpy(distmat).to(device), pids, pids),
@@ -57,39 +55,27 @@ def _ten_trials(device: str, num_trials: int) -> dict:
         return [np.mean(values, axis=0) for values in zip(*results, strict=True)]
 
     def ours():
-        return eval_metrics.summarize(eval_metrics.evaluate_trials(trials, "sysu"))[0]
+        results = [eval_metrics.evaluate_queries(trial, "sysu").metrics() for trial in trials]
+        return eval_metrics.summarize(results)[0]
 
     work = f"evaluation, {num_trials} trials of SYSU-MM01 from features, D = {DIM:,}"
-    return _row(work, baseline, ours, repeats=1, bound="< 1 s", tolerance=1e-4)
+    return _compared(work, baseline, ours, repeats=1, bound="< 1 s", tolerance=1e-4)
 
 
-def _row(work, baseline, ours, repeats, bound=">= 60 x", tolerance=1e-9) -> dict:
+def _compared(work, baseline, ours, repeats, bound=">= 60 x", tolerance=1e-9) -> dict:
     """Measure a row, after checking that both give the same (cmc, mAP, mINP)."""
     for expected, result in zip(baseline(), ours(), strict=True):
         np.testing.assert_allclose(result, expected, atol=tolerance)
     seconds = compare(baseline, ours, repeats)
-    return {
-        "work": work,
-        "baseline_s": seconds[0],
-        "ours_s": seconds[1],
-        "ratio": seconds[0] / seconds[1],
-        "bound": bound,
-        "note": "a loop over queries, each ranking sorted",
-    }
+    return row(work, seconds, bound, "a loop over queries, each ranking sorted")
 
 
 def _scale(device: str, num_gallery: int) -> dict:
     measure = run_on_gpu if device == "cuda" else run_alone
     seconds, extra = measure(prepare_scale, device, num_gallery)
-    return {
-        "work": f"evaluation from features, 10,000 x {num_gallery:,}, D = {DIM:,}",
-        "baseline_s": None,
-        "ours_s": seconds,
-        "ratio": None,
-        "bound": "<= 1 GB beyond the features",
-        "met": extra <= 1e9,
-        "note": f"{extra / 1e6:,.0f} MB beyond the features",
-    }
+    work = f"evaluation from features, 10,000 x {num_gallery:,}, D = {DIM:,}"
+    bound, note = "<= 1 GB beyond the features", f"{extra / 1e6:,.0f} MB beyond the features"
+    return row(work, (None, seconds), bound, note, met=extra <= 1e9)
 
 
 def prepare_scale(device: str, num_gallery: int):
@@ -119,8 +105,3 @@ def unit_features(num: int, device: str, seed: int) -> torch.Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     features = torch.randn(num, DIM, generator=generator, device=device)
     return features.div_(torch.linalg.vector_norm(features, dim=1, keepdim=True))
-
-
-if __name__ == "__main__":
-    for row in run():
-        print(row)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torchvision.transforms import functional as transforms
 
 from benchmarks.preprocessing import draw_jpegs
-from benchmarks.timing import compare, wait_for
+from benchmarks.timing import compare, row, wait_for
 from benchmarks.workload import draw_sysu, training_of
 from data_loader import evaluation_batches
 from engine.training import Training
@@ -61,14 +61,8 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
 
 
 def _row(work: str, count: int, bare_s: float, ours_s: float) -> dict:
-    return {
-        "work": work,
-        "baseline_s": bare_s,
-        "ours_s": ours_s,
-        "ratio": bare_s / ours_s,
-        "bound": 0.9,
-        "note": f"{count / ours_s:.1f} images/s, the bare forward pass {count / bare_s:.1f}",
-    }
+    note = f"{count / ours_s:.1f} images/s, the bare forward pass {count / bare_s:.1f}"
+    return row(work, (bare_s, ours_s), 0.9, note)
 
 
 def embed_files(training: Training, paths: list[str]) -> torch.Tensor:
@@ -116,5 +110,5 @@ def check_embedding(training: Training, paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for row in run():
-        print(row)
+    for line in run():
+        print(line)

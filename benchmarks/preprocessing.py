@@ -1,18 +1,17 @@
 """Preprocessing: JPEG files -> one array of resized images on disk.
 
-    python -m benchmarks.preprocessing
-
 The baseline is the obvious implementation: load, resize and collect one image after another, then save the
 array. Both files are identical.
 """
 
+import functools
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.timing import compare, peak_memory
+from benchmarks.timing import compare, row, run_alone
 from readers.arrays import write_array
 
 HEIGHT, WIDTH = 384, 128
@@ -53,24 +52,11 @@ def run(device: str = "cpu", quick: bool = False) -> list[dict]:
         folder = Path(name)
         paths = draw_jpegs(folder, number)
         slow, fast = folder / "baseline.npy", folder / "ours.npy"
-        baseline_s, ours_s = compare(lambda: baseline(paths, slow), lambda: ours(paths, fast), repeats)
+        seconds = compare(lambda: baseline(paths, slow), lambda: ours(paths, fast), repeats)
         if slow.read_bytes() != fast.read_bytes():
             raise AssertionError("the two arrays differ")
-        peak = peak_memory(ours, (paths * many)[:many], fast)
-    speed = f"{number / ours_s:.0f} images/s, baseline {number / baseline_s:.0f}, {WORKERS} threads"
+        _, peak = run_alone(functools.partial, ours, (paths * many)[:many], fast)
+    slow, fast = (f"{number / s:.0f}" for s in seconds)
+    speed = f"{fast} images/s, baseline {slow}, {WORKERS} threads"
     memory = f"peak {peak / 1e6:.0f} MB for an array of {many * HEIGHT * WIDTH * 3 / 1e6:.0f} MB"
-    return [
-        {
-            "work": f"preprocessing, {number} JPEGs -> {HEIGHT}x{WIDTH}",
-            "baseline_s": baseline_s,
-            "ours_s": ours_s,
-            "ratio": baseline_s / ours_s,
-            "bound": 1.8,
-            "note": f"{speed}; {memory}",
-        }
-    ]
-
-
-if __name__ == "__main__":
-    for row in run():
-        print(row)
+    return [row(f"preprocessing, {number} JPEGs -> {HEIGHT}x{WIDTH}", seconds, 1.8, f"{speed}; {memory}")]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from benchmarks.timing import compare, run_alone, run_on_gpu
+from benchmarks.timing import compare, row, run_alone, run_on_gpu
 from reranking import RERANKING, k_reciprocal
 from tests.oracles import k_reciprocal_loop
 
@@ -16,7 +16,7 @@ SIZES = (SYSU, (5955, 5954), (11129, 11129))  # 4,104 images, and as many as SYS
 
 
 def run(device: str = "cpu", quick: bool = False, sizes: Sequence[tuple[int, int]] = SIZES) -> list[dict]:
-    """Return one row per task: dicts with work, baseline_s, ours_s, ratio, bound, note.
+    """Return one row per task.
 
     sizes: (queries, gallery images) at which time and memory of every method are measured.
     """
@@ -39,28 +39,17 @@ def _compare(num_query: int, num_gallery: int) -> dict:
     difference = np.abs(results["baseline"] - results["ours"])
     assert difference.max() < 5e-3, "re-ranking disagrees with the loop, which rounds to half precision"
     memory = [run_alone(prepare, loop, num_query, num_gallery)[1] / 1e6 for loop in (None, "k-reciprocal")]
-    return {
-        "work": f"k-reciprocal re-ranking, {num_query:,} + {num_gallery:,}, D = {DIM:,}",
-        "baseline_s": seconds[0],
-        "ours_s": seconds[1],
-        "ratio": seconds[0] / seconds[1],
-        "bound": ">= 20 x, half the memory",
-        "met": seconds[0] >= 20 * seconds[1] and memory[1] < memory[0] / 2,
-        "note": f"{memory[1]:,.0f} MB beyond the features, the loops {memory[0]:,.0f} MB",
-    }
+    work = f"k-reciprocal re-ranking, {num_query:,} + {num_gallery:,}, D = {DIM:,}"
+    note = f"{memory[1]:,.0f} MB beyond the features, the loops {memory[0]:,.0f} MB"
+    met = seconds[0] >= 20 * seconds[1] and memory[1] < memory[0] / 2
+    return row(work, seconds, ">= 20 x, half the memory", note, met)
 
 
 def _measure(name: str, num_query: int, num_gallery: int, device: str) -> dict:
     measure = run_on_gpu if device == "cuda" else run_alone
     seconds, memory = measure(prepare, name, num_query, num_gallery, device)
-    return {
-        "work": f"{name} re-ranking of {num_query + num_gallery:,} images ({num_query:,} + {num_gallery:,})",
-        "baseline_s": None,
-        "ours_s": seconds,
-        "ratio": None,
-        "bound": None,
-        "note": f"{memory / 1e6:,.0f} MB beyond the features",
-    }
+    work = f"{name} re-ranking of {num_query + num_gallery:,} images ({num_query:,} + {num_gallery:,})"
+    return row(work, (None, seconds), None, f"{memory / 1e6:,.0f} MB beyond the features")
 
 
 def prepare(name: str | None, num_query: int, num_gallery: int, device: str = "cpu"):
@@ -88,5 +77,5 @@ def draw(num_query: int, num_gallery: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    for row in run():
-        print(row)
+    for line in run():
+        print(line)

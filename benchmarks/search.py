@@ -1,7 +1,5 @@
 """Exact search of shards on disk, against a scan of them in float32 and a NumPy product in memory.
 
-    python -m benchmarks.search
-
 The rows are float16, in as many shards as tools.embed would write. The scan is what this project did before
 rows had codes: every block to float32, one product, the largest. For the product in memory the rows are
 float32 already. All find the same ten nearest. Queries are changed rows; hard ones are random directions: no
@@ -19,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.timing import run_alone
+from benchmarks.timing import alternate, row, run_alone
 from retrieval.search import nearest
 from retrieval.shards import Embeddings, Manifest, write_manifest, write_shard
 from tools.embed import SHARD_ROWS
@@ -39,13 +37,13 @@ def run(device: str = "cpu", quick: bool = False) -> Iterator[dict]:
             opened_s = time.perf_counter() - start
             for number, (target, rounds) in QUERIES.items():
                 work = f"{number:,} quer{'ies' if number > 1 else 'y'}"
-                yield row(gallery, work, queries[:number], scan, "a scan in float32", target, rounds)
+                yield compared(gallery, work, queries[:number], scan, "a scan in float32", target, rounds)
             directions = torch.randn(64, DIM, generator=torch.Generator().manual_seed(0))
             hard = torch.nn.functional.normalize(directions)
-            yield row(gallery, "64 hard queries", hard, scan, "a scan in float32", 1.0, 3)
+            yield compared(gallery, "64 hard queries", hard, scan, "a scan in float32", 1.0, 3)
             wide = np.concatenate([block.numpy().astype(np.float32) for _, block in gallery.blocks(BLOCK)])
             product = functools.partial(product_in_memory, wide)
-            last = row(gallery, "64 queries", queries[:64], product, "a product in memory", 2.0, 3)
+            last = compared(gallery, "64 queries", queries[:64], product, "a product in memory", 2.0, 3)
             del wide, product
             peak = run_alone(functools.partial, search, Path(name), queries[:64])[1]
             last["note"] += f"; peak {peak / 1e6:.0f} MB with opening, which took {opened_s:.2f} s"
@@ -79,11 +77,8 @@ def scan(queries: torch.Tensor, gallery: Embeddings) -> tuple[torch.Tensor, torc
     """Every block in float32, each thread a shard: what tools.search did before rows had codes."""
 
     def shard(k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        opened, best, positions = (
-            gallery.opened(k),
-            torch.empty(len(queries), 0),
-            torch.empty(len(queries), 0).long(),
-        )
+        opened, best = gallery.opened(k), torch.empty(len(queries), 0)
+        positions = best.long()
         wide = torch.empty(BLOCK, DIM)
         for start in range(0, len(opened), BLOCK):
             block = opened.half(range(start, min(start + BLOCK, len(opened))))
@@ -124,7 +119,7 @@ def search(folder: Path, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return nearest(queries, Embeddings(folder), TOP)
 
 
-def row(
+def compared(
     gallery: Embeddings,
     work: str,
     queries: torch.Tensor,
@@ -134,28 +129,12 @@ def row(
     rounds: int,
 ) -> dict:
     """One row: search against baseline, in alternating rounds, after both have found the same."""
-    calls = baseline, lambda queries, gallery: nearest(queries, gallery, TOP)
-    (values, positions), (similarities, found) = (call(queries, gallery) for call in calls)
+    calls = functools.partial(baseline, queries, gallery), functools.partial(nearest, queries, gallery, TOP)
+    (values, positions), (similarities, found) = (call() for call in calls)
     torch.testing.assert_close(similarities, values, atol=2e-6, rtol=0)
     common = float((found[:, :, None] == positions[:, None]).any(1).float().mean())
     assert common > 0.999, f"{work}: only {common:.4f} of the rows found are those of {name}"
-    seconds = [[], []]
-    for _ in range(rounds):
-        for call, taken in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call(queries, gallery)
-            taken.append(time.perf_counter() - start)
-    (baseline_s, ours_s), least = map(statistics.median, seconds), min(seconds[0]) / min(seconds[1])
-    return {
-        "work": f"exact search, {work}, {len(gallery):,} rows, D = {DIM:,}",
-        "baseline_s": baseline_s,
-        "ours_s": ours_s,
-        "ratio": baseline_s / ours_s,
-        "bound": target,
-        "note": f"{name}; {least:.2f} x by the least of {rounds} rounds",
-    }
-
-
-if __name__ == "__main__":
-    for line in run():
-        print(line)
+    seconds = alternate(*calls, rounds)
+    note = f"{name}; {min(seconds[0]) / min(seconds[1]):.2f} x by the least of {rounds} rounds"
+    work = f"exact search, {work}, {len(gallery):,} rows, D = {DIM:,}"
+    return row(work, tuple(map(statistics.median, seconds)), target, note)

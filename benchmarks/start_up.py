@@ -1,4 +1,4 @@
-"""Time from the command to the first training step, at SYSU-MM01's size. python -m benchmarks.start_up
+"""Time from the command to the first training step, at SYSU-MM01's size.
 
 Runs `train.py --check`, which starts like a run, but does not rebuild the memory. The image files are empty,
 since training does not read them, and the arrays are zeros.
@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.timing import row
 from benchmarks.workload import draw_sysu
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -21,36 +22,22 @@ SYSU = {"visible": 22_258, "infrared": 11_909}
 
 def run(device: str = "cpu", quick: bool = False) -> list[dict]:
     """Return one row, without a baseline."""
-    identities, counts, size = (
-        (20, {"visible": 400, "infrared": 200}, (64, 32)) if quick else (395, SYSU, (384, 128))
-    )
-    sizes = ["--img-h", str(size[0]), "--img-w", str(size[1]), "--batch-size", "2", "--num-pos", "1"]
+    identities, counts, size = 395, SYSU, (384, 128)
+    if quick:
+        identities, counts, size = 20, {"visible": 400, "infrared": 200}, (64, 32)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name, "sysu")
         draw_sysu(root, identities, counts, *size, noise=False)
-        words = [
-            "--data-path",
-            root,
-            "--weights",
-            "none",
-            "--gpu",
-            "-1" if device == "cpu" else "0",
-            "--test-batch",
-            "1",
-        ]
-        command = [sys.executable, REPOSITORY / "train.py", "--check", *words, *sizes]
+        flags = (
+            f"--img-h {size[0]} --img-w {size[1]} --batch-size 2 --num-pos 1 --test-batch 1 --weights none"
+        )
+        flags += f" --gpu {-1 if device == 'cpu' else 0}"
+        command = [sys.executable, REPOSITORY / "train.py", "--check", *flags.split(), "--data-path", root]
         seconds = statistics.median(first_step(command, name) for _ in range(1 if quick else 3))
     number = sum(counts.values())
-    return [
-        {
-            "work": f"start-up of train.py, {number:,} images of {identities} identities",
-            "baseline_s": None,
-            "ours_s": seconds,
-            "ratio": None,
-            "bound": "< 10 s",
-            "note": f"arrays of {number * size[0] * size[1] * 3 / 1e9:.1f} GB; without the memory rebuild",
-        }
-    ]
+    work = f"start-up of train.py, {number:,} images of {identities} identities"
+    note = f"arrays of {number * size[0] * size[1] * 3 / 1e9:.1f} GB; without the memory rebuild"
+    return [row(work, (None, seconds), "< 10 s", note)]
 
 
 def first_step(command: list, folder: str) -> float:
@@ -64,8 +51,3 @@ def first_step(command: list, folder: str) -> float:
     if process.returncode or seconds is None:
         raise RuntimeError(f"train.py --check ended with status {process.returncode}")
     return seconds
-
-
-if __name__ == "__main__":
-    for row in run():
-        print(row)

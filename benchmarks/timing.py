@@ -1,7 +1,6 @@
 """Measure two implementations alternately, so that other load on the machine affects both."""
 
 import contextlib
-import functools
 import multiprocessing
 import re
 import statistics
@@ -12,19 +11,45 @@ from pathlib import Path
 import torch
 
 
+def row(
+    work: str, seconds: tuple[float | None, float], bound: object, note: str, met: bool | None = None
+) -> dict:
+    """A row of the table.
+
+    Args:
+        work: what is measured.
+        seconds: of (baseline, ours); the first is None where there is no baseline.
+        bound: a minimum ratio, `>= N x`, `< N s`, or other words, for which met decides; None: no bound.
+        note: what else is known.
+        met: whether the bound is met, where its words do not say.
+    """
+    baseline_s, ours_s = seconds
+    ratio = baseline_s / ours_s if baseline_s else None
+    row = {"work": work, "baseline_s": baseline_s, "ours_s": ours_s, "ratio": ratio, "bound": bound}
+    return row | {"note": note} | ({} if met is None else {"met": met})
+
+
 def compare(baseline: Callable[[], object], ours: Callable[[], object], repeats: int) -> tuple[float, float]:
     """Return the median seconds of (baseline, ours), run alternately, repeats times, after one run of ours.
 
     On a GPU the callables must wait for it (torch.cuda.synchronize) before they return.
     """
     ours()  # the first call pays for threads, allocations and lazy imports
-    seconds = [[], []]
+    seconds = alternate(baseline, ours, repeats)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def alternate(
+    baseline: Callable[[], object], ours: Callable[[], object], repeats: int
+) -> tuple[list[float], list[float]]:
+    """Return the seconds of every run of (baseline, ours), run alternately."""
+    seconds = [], []
     for _ in range(repeats):
         for function, taken in zip((baseline, ours), seconds, strict=True):
             start = time.perf_counter()
             function()
             taken.append(time.perf_counter() - start)
-    return statistics.median(seconds[0]), statistics.median(seconds[1])
+    return seconds
 
 
 def wait_for(device: torch.device | str) -> None:
@@ -33,18 +58,11 @@ def wait_for(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory(function: Callable[..., object], *args) -> int:
-    """Return the peak increase in bytes of resident memory while function(*args) runs in a new process.
-
-    function must be importable and args picklable; imports by function are counted.
-    """
-    return run_alone(functools.partial, function, *args)[1]
-
-
 def run_alone(prepare: Callable[..., Callable[[], object]], *args) -> tuple[float, int]:
     """Return (seconds, bytes) of the callable that prepare(*args) returns, called in a new process.
 
-    bytes: the peak increase in resident memory during the call, after prepare (Linux only).
+    bytes: the peak increase in resident memory during the call, after prepare (Linux only). With
+    functools.partial as prepare, what the call imports is counted too.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

@@ -1,4 +1,4 @@
-"""The training step against the bare network's, and against a plain loop. python -m benchmarks.training_step
+"""The training step against the bare network's, and against a plain loop.
 
 The bare step is the forward pass, a weighted sum, the backward pass and the optimiser's step on a batch that
 is already on the device, with the same network, precision and optimiser. The plain loop is the obvious
@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks.memory_and_loss import baseline_loss, baseline_update, tables_of
 from benchmarks.plain_input import baseline_step as baseline_input
 from benchmarks.plain_input import check as check_input
-from benchmarks.timing import compare, wait_for
+from benchmarks.timing import compare, row, wait_for
 from benchmarks.workload import draw_sysu, training_of
 from engine.training import Training
 from model import GeM, NonLocal
@@ -131,49 +131,28 @@ def run(device: str = "cpu", quick: bool = False) -> Iterator[dict]:
         precision = str(training.dtype or torch.float32).removeprefix("torch.")
         bare_s, ours_s = (seconds / steps for seconds in compare(bare_steps(training, steps), ours, repeats))
         share, speed = f"{ours_s / bare_s:.2f} of the bare step", f"{num_images / ours_s:.1f} images/s"
-        yield {
-            "work": f"training step against the bare one, {size}",
-            "baseline_s": bare_s,
-            "ours_s": ours_s,
-            "ratio": bare_s / ours_s,
-            "bound": "<= 1.10 of the bare step",
-            "met": ours_s <= 1.10 * bare_s,
-            "note": ", ".join([precision, share, speed, *on_gpu]),
-        }
-        waiting = training.loader.wait_seconds / (ours_s * steps)
-        yield {
-            "work": f"waiting for input in that step, {size}",
-            "baseline_s": None,
-            "ours_s": training.loader.wait_seconds / steps,
-            "ratio": None,
-            "bound": "<= 1 % of the step",
-            "met": waiting <= 0.01,
-            "note": f"{100 * waiting:.1f} % of the step; pixels on the {training.loader.cache}",
-        }
+        yield row(
+            f"training step against the bare one, {size}", (bare_s, ours_s), "<= 1.10 of the bare step",
+            ", ".join([precision, share, speed, *on_gpu]), met=ours_s <= 1.10 * bare_s,
+        )  # fmt: skip
+        waited_s = training.loader.wait_seconds / steps
+        note = f"{100 * waited_s / ours_s:.1f} % of the step; pixels on the {training.loader.cache}"
+        yield row(
+            f"waiting for input in that step, {size}", (None, waited_s), "<= 1 % of the step", note,
+            met=waited_s <= 0.01 * ours_s,
+        )  # fmt: skip
         for name in ("--amp fp16", "--compile") if device == "cuda" and not quick else ():
             other = training_of(Path(folder, "sysu"), device, *words, *name.split())
             other.bank.reset(means)
-            without_s, with_s = (s / steps for s in compare(ours, our_steps(other, steps), repeats))
-            yield {
-                "work": f"training step with {name}, {size}",
-                "baseline_s": without_s,
-                "ours_s": with_s,
-                "ratio": without_s / with_s,
-                "bound": None,
-                "note": f"the baseline: ours in {precision}, not compiled",
-            }
+            seconds = tuple(s / steps for s in compare(ours, our_steps(other, steps), repeats))
+            note = f"the baseline: ours in {precision}, not compiled"
+            yield row(f"training step with {name}, {size}", seconds, None, note)
         plain = plain_steps(training, few)
         plain()  # lets cuDNN choose its fastest convolutions
         plain_s, ours_s = compare(plain, ours, min(repeats, 3))
         tf32 = ", TF32 convolutions" if device == "cuda" and torch.backends.cudnn.allow_tf32 else ""
-        yield {
-            "work": f"training step against a plain float32 loop, {size}",
-            "baseline_s": plain_s / few,
-            "ours_s": ours_s / steps,
-            "ratio": plain_s / few / (ours_s / steps),
-            "bound": 3.0,
-            "note": f"{precision} against float32{tf32}",
-        }
+        work = f"training step against a plain float32 loop, {size}"
+        yield row(work, (plain_s / few, ours_s / steps), 3.0, f"{precision} against float32{tf32}")
 
 
 def our_steps(training: Training, steps: int):
@@ -253,8 +232,3 @@ def _gpu_notes(training: Training, ours, steps: int) -> list[str]:
     )
     memory = torch.cuda.max_memory_allocated() / 1e9
     return [f"peak {memory:.1f} GB", f"{kernels / steps:.0f} kernels a step"]
-
-
-if __name__ == "__main__":
-    for row in run():
-        print(row)

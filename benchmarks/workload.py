@@ -11,7 +11,7 @@ import data_manager
 from devices import Processes
 from engine.settings import parse_args
 from engine.training import Training, build_training
-from readers.arrays import array_files, fingerprint
+from readers.arrays import ArrayFiles, fingerprint
 
 CAMERAS = {"visible": (1, 2, 4, 5), "infrared": (3, 6)}
 TEST_IDS = 4
@@ -46,7 +46,8 @@ def draw_sysu(
 
     samples = data_manager.train_samples("sysu", root)
     labels, rng = data_manager.class_labels(samples), np.random.default_rng(0)
-    for modality, (image_file, label_file) in array_files(root).items():
+    arrays = ArrayFiles(root, height, width)
+    for modality, (image_file, label_file) in arrays.files.items():
         shape = (counts[modality], height, width, 3)
         images = np.lib.format.open_memmap(image_file, "w+", np.uint8, shape)
         if noise:
@@ -60,7 +61,7 @@ def draw_sysu(
         "pids": pids.tolist(),
         "fingerprint": fingerprint({modality: samples[modality].paths for modality in samples}),
     }
-    (root / "train_resized.json").write_text(json.dumps(manifest))
+    arrays.manifest.write_text(json.dumps(manifest))
 
 
 def _write(root: Path, camera: int, pid: int, index: int, content: bytes) -> None:

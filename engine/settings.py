@@ -18,54 +18,45 @@ from utils import Parser, UserError, at_least, data_flags, device_flags, positiv
 
 def get_args_parser() -> Parser:
     """The command line of train.py; defaults that depend on the dataset are in dataset_defaults."""
-    parser = Parser(
-        prog="train.py",
-        description="Train memory-based contrastive embedding.",
-        parents=[data_flags(), device_flags()],
-    )
-    data = parser.add_argument_group("dataset")
-    data.add_argument("--dataset", choices=DATASETS, default="sysu", help="which dataset (default: sysu)")
-    data.add_argument("--array-path", metavar="DIR", help="training arrays (default: the dataset's folder)")
-    data.add_argument(
+    words, parents = "Train memory-based contrastive embedding.", [data_flags(), device_flags()]
+    parser = Parser(prog="train.py", description=words, parents=parents)
+    add = parser.add_argument_group("dataset").add_argument
+    add("--dataset", choices=DATASETS, default="sysu", help="the dataset to train on")
+    add("--array-path", metavar="DIR", help="folder of the training arrays (default: the dataset's)")
+    add(
         "--pixel-range", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="values that become grey 0 and 255 in images of more than eight bits (default: "
-        "found from the training images)",
+        help="values that become grey 0 and 255 in images of more than eight bits (default: found from the "
+        "training images)",
     )  # fmt: skip
-    data.add_argument(
+    add(
         "--test-identities", type=at_least(1), metavar="N",
-        help="own images without a split: draw N test identities, once",
+        help="draw N test identities, once, of own images without a split",
     )  # fmt: skip
-    data.add_argument(
-        "--trial", type=trial, metavar="N", help="RegDB's split, 1 to 10, or all in turn (default: 1)"
-    )
-    data.add_argument(
+    add("--trial", type=trial, metavar="N", help="RegDB's split, 1 to 10, or all in turn (default: 1)")
+    add(
         "--cache", choices=("auto", "device", "host", "disk"), default="auto",
         help="where the training images are kept; auto: the GPU if they fit in a third of its free memory, "
-        "else memory-mapped from disk (default: auto)",
+        "else memory-mapped from disk",
     )  # fmt: skip
-    network = parser.add_argument_group("network")
-    network.add_argument("--arch", choices=ARCHS, default="resnet50", help="trunk (default: resnet50)")
-    network.add_argument(
-        "--stem",
-        choices=STEMS,
-        default="two-stream",
-        help="shared: as in the released code (default: two-stream)",
-    )
-    network.add_argument(
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", choices=ARCHS, default="resnet50", help="the network's trunk")
+    add(
+        "--stem", choices=STEMS, default="two-stream",
+        help="two-stream: a first convolution per modality; shared: one for all, as in the released code",
+    )  # fmt: skip
+    add(
         "--weights", default="imagenet", metavar="imagenet|none|FILE",
-        help="initial weights; FILE: a state dict of torchvision or a checkpoint to fine-tune "
-        "(default: imagenet)",
+        help="initial weights; FILE: a state dict of torchvision or a checkpoint to fine-tune",
     )  # fmt: skip
-    training = parser.add_argument_group("training")
-    add = training.add_argument
+    add = parser.add_argument_group("training").add_argument
     add(
         "--epochs", type=at_least(0), default=160, metavar="N",
-        help="number of epochs; 0: evaluate and save the untrained network (default: 160)",
+        help="number of epochs; 0: evaluate and save the untrained network",
     )  # fmt: skip
-    add("--lr", type=positive, default=3.5e-4, metavar="RATE", help="base rate (default: 0.00035)")
+    add("--lr", type=positive, default=3.5e-4, metavar="RATE", help="the learning rate after the warm-up")
     add(
         "--warmup-epochs", type=at_least(1), default=10, metavar="N",
-        help="epochs over which the rate rises to its base (default: 10)",
+        help="epochs over which the rate rises to --lr",
     )  # fmt: skip
     add(
         "--decay-epochs", type=at_least(0), nargs=2, metavar="N",
@@ -74,49 +65,37 @@ def get_args_parser() -> Parser:
     )  # fmt: skip
     add(
         "--batch-size", type=at_least(1), default=8, metavar="IDENTITIES",
-        help="identities per batch and process (default: 8)",
+        help="identities that a batch of each process holds",
     )  # fmt: skip
     add(
         "--num-pos", type=at_least(1), metavar="IMAGES",
-        help="images per identity and modality in a batch (default: 4, RegDB 5)",
+        help="images that a batch holds of each identity and modality (default: 4, RegDB 5)",
     )  # fmt: skip
     add(
         "--pad", type=at_least(0), default=PAD, metavar="PIXELS",
-        help=f"border padded before random cropping; less for smaller images (default: {PAD})",
+        help="border that is padded before random cropping; less for smaller images",
     )  # fmt: skip
-    add("--seed", type=seed_number, default=0, metavar="N", help="random seed (default: 0)")
+    add("--seed", type=seed_number, default=0, metavar="N", help="seed of everything that is drawn")
     add("--deterministic", action="store_true", help="use only algorithms that repeat exactly, on a GPU too")
     add("--compile", action="store_true", help="torch.compile the network: a slow start, no gain on a CPU")
     add_method_flags(parser)
-    evaluation = parser.add_argument_group("evaluation during training")
-    add = evaluation.add_argument
+    add = parser.add_argument_group("evaluation during training").add_argument
     add(
         "--mode", type=mode_name, metavar="MODE",
-        help="protocol: all or indoor (all); RegDB and LLCM: visible-to-infrared or infrared-to-visible "
-        "(default: visible-to-infrared)",
+        help="what is searched where: all or indoor (default: all); RegDB and LLCM: visible-to-infrared or "
+        "infrared-to-visible (default: visible-to-infrared)",
     )  # fmt: skip
     add(
         "--select", choices=("test", "val", "last"), default="test",
-        help="_best.t is chosen on the test split, as the literature does; on the val ids, which are then "
-        "not trained on (sysu); or not at all (default: test)",
+        help="choose _best.t on the test split, as the literature does; on the val ids, which are then not "
+        "trained on (sysu); or not at all",
     )  # fmt: skip
-    add("--eval-start", type=at_least(0), default=10, metavar="N", help="after epoch N (default: 10)")
-    add("--eval-every", type=at_least(1), default=2, metavar="N", help="every N epochs (default: 2)")
-    outputs = parser.add_argument_group("outputs and resuming")
-    add = outputs.add_argument
+    add("--eval-start", type=at_least(0), default=10, metavar="N", help="evaluate only after epoch N")
+    add("--eval-every", type=at_least(1), default=2, metavar="N", help="evaluate every N epochs")
+    add = parser.add_argument_group("outputs and resuming").add_argument
     add("--name", help="name of the run (default: one made of its settings)")
-    add(
-        "--model-path",
-        default="save_model",
-        metavar="DIR",
-        help="folder of checkpoints (default: save_model)",
-    )
-    add(
-        "--log-path",
-        default="log",
-        metavar="DIR",
-        help="folder of logs and of TensorBoard's events (default: log)",
-    )
+    add("--model-path", default="save_model", metavar="DIR", help="folder to write checkpoints to")
+    add("--log-path", default="log", metavar="DIR", help="folder to write logs and TensorBoard's events to")
     add("--resume", metavar="FILE|auto", help="continue a run; auto: the one of these settings")
     add("--overwrite", action="store_true", help="replace the run of these settings")
     add(
@@ -131,37 +110,25 @@ def add_method_flags(parser: Parser) -> None:
     add = parser.add_argument_group("method").add_argument
     add(
         "--loss", choices=LOSSES, default="mce",
-        help="the others: baselines without a memory, cross-entropy and a triplet loss (default: mce)",
+        help="the others are baselines without a memory: cross-entropy and a triplet loss",
     )  # fmt: skip
+    mce, baseline = (
+        ", ".join(f"{name}={weight:g}" for name, weight in weights.items())
+        for weights in (WEIGHTS, BASELINE_WEIGHTS)
+    )
     add(
         "--loss-weights", type=term_weight, nargs="+", metavar="TERM=WEIGHT",
-        help="change the weights of some terms; defaults: "
-        + ", ".join(f"{name}={weight:g}" for name, weight in WEIGHTS.items())
-        + "; of the baselines: "
-        + ", ".join(f"{name}={weight:g}" for name, weight in BASELINE_WEIGHTS.items()),
+        help=f"change the weights of some terms (default: {mce}; of the baselines: {baseline})",
     )  # fmt: skip
-    add(
-        "--temperature",
-        type=positive,
-        default=0.05,
-        help="temperature of the memory's logits (default: 0.05)",
-    )
-    add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy (default: 0.25)")
-    add("--shared-momentum", type=fraction, default=0.1, help="weight of the old shared proxy (default: 0.1)")
+    add("--temperature", type=positive, default=0.05, help="what the memory's logits are divided by")
+    add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy")
+    add("--shared-momentum", type=fraction, default=0.1, help="weight of the old shared proxy")
     add(
         "--update", choices=("hard", "mean"), default="hard",
-        help="what updates a shared proxy: its identity's least similar feature, or the mean (default: hard)",
+        help="what updates a shared proxy: its identity's least similar feature, or the mean",
     )  # fmt: skip
-    add(
-        "--proxies", choices=PROXIES, default="historical",
-        help="what the align term compares with (default: historical)",
-    )  # fmt: skip
-    add(
-        "--margin",
-        type=positive,
-        default=MARGIN,
-        help=f"margin of the terms center and hard triplet (default: {MARGIN})",
-    )
+    add("--proxies", choices=PROXIES, default="historical", help="what the align term compares with")
+    add("--margin", type=positive, default=MARGIN, help="margin of the terms center and hard triplet")
     add("--no-aux", action="store_true", help="make no aux images: two modalities, three memories")
 
 

@@ -23,7 +23,7 @@ from loss import MCE, Baseline
 from memory import MemoryBank, NoMemory
 from model import TwoStreamResNet, load_strictly
 from precision import settle
-from readers.arrays import TrainingArrays, TrainingImages, open_training_arrays, training_arrays
+from readers.arrays import ArrayFiles, TrainingArrays, TrainingImages
 from readers.own import draw_split
 from utils import MODALITIES, UserError, log
 
@@ -271,9 +271,7 @@ def build_loader(
     )
     recipe = DATASETS[args.dataset].recipe
     modalities = [modality for modality in MODALITIES if not (args.no_aux and modality == "aux")]
-    loader = TrainLoader(
-        arrays.images, labels, batches, recipe, device, args.seed, args.cache, args.pad, modalities
-    )
+    loader = TrainLoader(arrays.images, batches, recipe, device, args.cache, args.pad, modalities)
     counts = ", ".join(f"{(array >= 0).sum()} {modality}" for modality, array in labels.items())
     size, digits = f"{loader.height}x{loader.width}", (arrays.fingerprint or "of unknown origin")[:16]
     data = f"training data: {batches.classes} identities, {counts} images of {size}, {digits}"
@@ -288,21 +286,20 @@ def load_training_data(args: argparse.Namespace, root: Path) -> tuple[TrainingAr
     """
     samples = data_manager.train_samples(args.dataset, root, args.trial and int(args.trial))
     paths = {modality: samples[modality].paths for modality in samples}
-    folder = args.array_path or root
+    prefix = f"train_{args.trial}" if args.dataset == "regdb" else "train"
+    files = ArrayFiles(args.array_path or root, args.img_h, args.img_w, prefix)
     if args.dataset == "sysu":
-        arrays = open_training_arrays(folder, args.img_h, args.img_w, paths, "train", root, args.pixel_range)
+        arrays = files.load(paths, args.pixel_range, root)
     else:  # decoded on the first run, opened on the next
-        prefix = f"train_{args.trial}" if args.dataset == "regdb" else "train"
-        pids = sorted({int(pid) for pid in samples["visible"].pids})
+        pids = np.unique(samples["visible"].pids)
         source = TrainingImages(paths, data_manager.class_labels(samples), pids)
-        arrays = training_arrays(
-            folder, source, args.img_h, args.img_w, args.workers, prefix, args.pixel_range
-        )
+        arrays = files.load_or_write(source, args.workers, args.pixel_range)
     if args.select != "val":
         return arrays, arrays.labels
     if arrays.pids is None:
         raise UserError(
-            f"--select val: {folder} does not record the ids of its training arrays: run pre_process_sysu.py"
+            f"--select val: {files.folder} does not record the ids of its training arrays: "
+            "run pre_process_sysu.py"
         )
     train = data_manager.train_samples(args.dataset, root, split="train")
     kept = np.flatnonzero(np.isin(arrays.pids, train["visible"].pids))  # labels

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import scipy  # its parts are imported when they are first used: scipy.io takes 0.2 s
@@ -92,21 +93,21 @@ def _intervals(jackknife: Jackknife | None) -> dict[str, dict] | None:
     """95 % intervals of mAP and rank-1; half and p are null with too few persons."""
     if jackknife is None:
         return None
-    found = {measure: jackknife.interval(measure)._asdict() for measure in MEASURES}
-    return {
-        measure: {key: None if np.isnan(value) else value for key, value in own.items()}
-        for measure, own in found.items()
-    }
+    return {measure: _nulled(jackknife.interval(measure)) for measure in MEASURES}
 
 
 def _cameras(pairs: CameraScores | None) -> list[dict] | None:
     if pairs is None:
         return None
     return [
-        {"query_camera": query, "gallery_camera": gallery}
-        | {key: None if np.isnan(value) else value for key, value in score._asdict().items()}
+        {"query_camera": query, "gallery_camera": gallery} | _nulled(score)
         for (query, gallery), score in pairs.items()
     ]
+
+
+def _nulled(values: NamedTuple) -> dict[str, float | None]:
+    """A named tuple as JSON has it, where NaN is null."""
+    return {key: None if np.isnan(value) else value for key, value in values._asdict().items()}
 
 
 def _numbers(metrics: Metrics) -> dict[str, object]:

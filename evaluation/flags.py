@@ -12,44 +12,37 @@ RUNTIMES = ("torch", "onnx", "openvino")  # of the network, see runtimes.py
 
 def evaluation_flags() -> Parser:
     """Flags of the commands that evaluate; what is not typed comes from checkpoints or the dataset."""
-    parser = Parser(add_help=False, parents=[data_flags(), device_flags()])
-    add = parser.add_argument_group("methods: the first is compared with the others").add_argument
+    size = "the checkpoint's, or the dataset's"
+    parser = Parser(add_help=False, parents=[data_flags(size, size), device_flags(amp=None)])
+    add = parser.add_argument_group("methods", "The others are compared with the first.").add_argument
     add(
         "--resume", nargs="+", default=[], metavar="FILE",
-        help="checkpoints, ours, the released code's or AGW's; RegDB: of one trial, or with {trial} in "
-        "the name; with {seed} in the name: all seeds of a method",
+        help="checkpoints of this project, of the released code or of AGW; RegDB: of one trial, or with "
+        "{trial} in the name; with {seed} in the name: all seeds of a method",
     )  # fmt: skip
     add(
         "--features", nargs="+", default=[], metavar="FILE",
         help="features of any network: what --save-features or --save-mat wrote, query_f and gallery_f in a "
         ".npz or .mat, or a .npy with --images; {trial} and {seed} as in --resume",
     )  # fmt: skip
-    add("--images", metavar="LIST", help="text or CSV with a path a line, in the order of FEATURES.npy")
-    add(
-        "--distance", choices=("cosine", "euclidean"), default="cosine",
-        help="how --features are compared (default: cosine)",
-    )  # fmt: skip
+    add("--images", metavar="LIST", help="text or CSV that has a path a line, in the order of FEATURES.npy")
+    add("--distance", choices=("cosine", "euclidean"), default="cosine", help="how --features are compared")
     add = parser.add_argument_group("what is evaluated").add_argument
-    add("--dataset", choices=DATASETS, help="which dataset (default: the checkpoint's, or sysu)")
+    add("--dataset", choices=DATASETS, help="the dataset to evaluate on (default: the checkpoint's, or sysu)")
     add(
         "--mode", type=mode_name, nargs="+", metavar="MODE",
-        help="sysu: all, indoor (default: all); others: visible-to-infrared, infrared-to-visible "
-        "(default: both), or -thermal",
+        help="what is searched where: all or indoor (default: all); RegDB and LLCM: visible-to-infrared or "
+        "infrared-to-visible, or -thermal (default: both)",
     )  # fmt: skip
     add(
-        "--shot",
-        type=int,
-        nargs="+",
-        choices=(1, 10),
-        default=[1],
-        help="gallery images of sysu (default: 1)",
-    )
+        "--shot", type=int, nargs="+", choices=(1, 10), default=[1],
+        help="images that a gallery of sysu holds of each identity and camera (default: 1)",
+    )  # fmt: skip
     add(
         "--galleries", choices=("seeded", "published"), default="seeded",
-        help="sysu: drawn by random.Random(trial), or the dataset authors' exp/rand_perm_cam.mat (default: "
-        "seeded)",
+        help="sysu: drawn by random.Random(trial), or the dataset authors' exp/rand_perm_cam.mat",
     )  # fmt: skip
-    add("--trial", metavar="N", help="one trial, or all (default: all; a model of one RegDB trial: its own)")
+    add("--trial", metavar="N", help="one trial, or all (default: all; of a RegDB trial's model: its own)")
     add("--allow-short", action="store_true", help="accept galleries with fewer images than --shot")
     add(
         "--ignore-same-camera", action="store_true",
@@ -59,7 +52,7 @@ def evaluation_flags() -> Parser:
     add("--rerank", nargs="+", choices=RERANKING, default=[], help="add rows with re-ranked galleries")
     add(
         "--model-path", default="save_model", metavar="DIR",
-        help="second folder to look for checkpoints in (default: save_model)",
+        help="second folder to look for checkpoints in",
     )  # fmt: skip
     return parser
 
@@ -82,7 +75,7 @@ def settings_of(
     facts = DATASETS[dataset]
     modes = ["all"] if dataset == "sysu" else list(facts.modes)
     parser.set_defaults(
-        dataset=dataset, trial=trial or "all", mode=modes, img_h=facts.height, img_w=facts.width
+        dataset=dataset, trial=trial or "all", mode=modes, img_h=facts.height, img_w=facts.width, amp="auto"
     )
     kept = {key: saved[key] for key in ("img_h", "img_w", "amp") if saved.get(key) is not None}
     parser.set_defaults(**kept)

@@ -101,11 +101,8 @@ def choose_queries(
     """
     matched = np.flatnonzero(values.counted)
     by_ap = matched[np.argsort(values.ap[matched], kind="stable")]
-    words = {
-        "worst": by_ap,
-        "best": by_ap[::-1],
-        "random": np.random.default_rng(seed).permutation(matched),
-    }
+    random = np.random.default_rng(seed).permutation(matched)
+    words = {"worst": by_ap, "best": by_ap[::-1], "random": random}
     if len(wanted) == 1 and wanted[0] in words:
         return words[wanted[0]][:count]
     groups = []

@@ -66,17 +66,26 @@ def camera_scores(methods: Sequence[Method]) -> dict[str, CameraScores]:
 
 def camera_table(found: Mapping[str, CameraScores], methods: Sequence[Method], style: str = "text") -> str:
     """The table of camera_scores."""
-    cells = [["protocol", "query camera", "gallery camera", "rank-1", "mAP", "queries", "gallery images"]]
-    for title, pairs in found.items():
-        for cameras, score in pairs.items():
-            rates = ["not compared" if np.isnan(rate) else f"{100 * rate:.2f}" for rate in score[:2]]
-            cells.append([title, *map(str, cameras), *rates, *(f"{count:,.6g}" for count in score[2:])])
-    title = DATASETS[methods[0].args.dataset].title
+    columns = ["protocol", "query camera", "gallery camera", "rank-1", "mAP", "queries", "gallery images"]
+    title = f"{DATASETS[methods[0].args.dataset].title}, per cent, by pair of cameras"
     # Of several seeds, or models of RegDB's trials, the features of the first alone are kept.
-    parts = any(len(method.sources) > 1 or len(method.sources[0]) > 1 for method in methods)
-    return aligned(
-        [f"{title}, per cent, by pair of cameras{', of the first file' if parts else ''}"], cells, style
-    )
+    if any(len(method.sources) > 1 or len(method.sources[0]) > 1 for method in methods):
+        title += ", of the first file"
+    return aligned([title], [columns, *camera_cells(found)], style)
+
+
+def camera_cells(found: Mapping[str, CameraScores]) -> list[list[str]]:
+    """Title, query and gallery camera, rank-1 and mAP in per cent, queries and gallery images."""
+    return [
+        [
+            title,
+            *map(str, cameras),
+            *("not compared" if np.isnan(rate) else f"{100 * rate:.2f}" for rate in score[:2]),
+            *(f"{count:,.6g}" for count in score[2:]),
+        ]
+        for title, pairs in found.items()
+        for cameras, score in pairs.items()
+    ]
 
 
 def title_of(row: Row) -> str:
@@ -149,10 +158,8 @@ def in_words(jackknife: Jackknife) -> str:
         half = f" ± {100 * interval.half:.1f}" if count >= PRINTED else ""
         parts.append(f"{measure} {100 * interval.value:.1f}{half}")
     few = ", few persons" if PRINTED <= count < MARKED else ""
-    persons = (
-        f"95 %, {count} persons{few}" if count >= PRINTED else f"{count} persons: too few for an interval"
-    )
-    return f"{', '.join(parts)} ({persons})"
+    sure = f"95 %, {count} persons{few}" if count >= PRINTED else f"{count} persons: too few for an interval"
+    return f"{', '.join(parts)} ({sure})"
 
 
 def how_sure(methods: Sequence[Method]) -> list[str]:
@@ -215,9 +222,8 @@ def _scope(method: Method) -> str:
             numbers = ", ".join(map(str, trials))
             scope = f"mean over {len(trials)} of the {len(facts.trials)} trials ({numbers})"
         if facts is DATASETS["regdb"]:
-            scope += (
-                ", each with its own model" if len(method.sources[0]) > 1 else ", one model for all of them"
-            )
+            several = len(method.sources[0]) > 1
+            scope += ", each with its own model" if several else ", one model for all of them"
     scope += f" and {len(method.sources)} seeds" if len(method.sources) > 1 else ""
     return scope + (f"; {method.evaluation.short}" if method.evaluation.short else "")
 

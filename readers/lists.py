@@ -16,12 +16,7 @@ IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".tga",
     ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".jp2", ".j2k",
 )  # fmt: skip
-CLUTTER = {
-    "thumbs.db",
-    "desktop.ini",
-    "ehthumbs.db",
-    "icon\r",
-}  # files of operating systems, beside hidden ones
+CLUTTER = {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r"}  # of operating systems, beside hidden files
 # Folders of file servers and operating systems, beside hidden ones: Synology, QNAP, Windows, macOS, Linux.
 WASTE = {
     "@eadir", "#recycle", "#snapshot", "@tmp", "@recycle", "@recently-snapshot", "$recycle.bin",

@@ -75,10 +75,8 @@ class OwnImages(Dataset):
             raise UserError(f"{root}: no identity of the {split} split has images of both modalities")
         if split == "train" and (lonely := pids["visible"] ^ pids["infrared"]):
             warn_once(f"{root}: left out of training, because in only one modality: pid {listed(lonely)}")
-        pid_of, camid_of = (
-            numbers(image.pid for image in images),
-            numbers({i.camid for i in images} - {""}, 1),
-        )
+        pid_of = numbers(image.pid for image in images)
+        camid_of = numbers({image.camid for image in images} - {""}, 1)
         samples = {}
         for modality in CAPTURED:
             rows = sorted(
@@ -154,9 +152,8 @@ def _folder_images(root: Path, finder: Finder, parts: list[tuple[str, str]]) -> 
 def _csv_images(root: Path, finder: Finder) -> list[Image]:
     file = root / CSV_FILE
     try:
-        header, *rows = [*csv.reader(io.StringIO(read_text(file)), strict=True, skipinitialspace=True)] or [
-            []
-        ]
+        lines = csv.reader(io.StringIO(read_text(file)), strict=True, skipinitialspace=True)
+        header, *rows = list(lines) or [[]]
     except csv.Error as error:
         raise UserError(f"{file}: not a CSV file: {error}") from error
     header, known = [word.strip().lower() for word in header], ",".join((*REQUIRED, *OPTIONAL))

@@ -35,11 +35,6 @@ class Evaluated:
     history: History | None
 
     @property
-    def dataset(self) -> str:
-        """What it was evaluated on."""
-        return self.method.args.dataset
-
-    @property
     def evaluation(self) -> Evaluation:
         """Who was searched where."""
         return self.method.evaluation

@@ -15,7 +15,7 @@ from data_manager import DATASETS
 from evaluation.cameras import CameraScores, cameras_of
 from evaluation.rankings import RULES, Ranked, choose_queries
 from evaluation.similarity import Similarities, bins
-from evaluation.tables import COLUMNS, counts_of, per_cent, warnings
+from evaluation.tables import COLUMNS, camera_cells, counts_of, per_cent, warnings
 from images import decode
 from reporting import figures, rows, sprites
 from reporting.comparing import Listed, most_confused
@@ -142,9 +142,8 @@ class Findings:
     def maps(self) -> Figure | None:
         """Where the similarities of the first chosen queries come from; None without a network."""
         rows = self.first.maps(self.protocol, self.chosen[:MAPPED], self.ranked(self.pictured))
-        return (
-            figures.images(rows, [*("query", "", "1st", ""), *("query", "", "match", "")]) if rows else None
-        )
+        heading = ["query", "", "1st", "", "query", "", "match", ""]
+        return figures.images(rows, heading) if rows else None
 
     def curves(self) -> Panels | None:
         """Learning curves of the runs whose history was found, by quantity; None if none is a curve."""
@@ -185,6 +184,7 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
     drawn = write_figures(findings, FIGURES, folder)
     scores = findings.lists[0].each.method.results[findings.protocol, False, None].mean
     confused_by, confused = findings.confused
+    evaluation = findings.first.evaluation
     context = {
         "title": DATASETS[findings.protocol.dataset].title,
         "findings": findings,
@@ -199,14 +199,12 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
         "confused_by": confused_by,
         "confused": rows.confused_rows(confused),
         "similarities": rows.pair_rows(findings.similarities),
-        "cameras": rows.camera_rows(findings.by_camera),
+        "cameras": camera_cells(findings.by_camera),
         "settings": rows.setting_rows(findings.everyone),
         "facts": facts,
         "made_with": [(own.label, own.history.facts) for own in findings.everyone if own.history],
         "selections": [(each.label, rows.selection(each)) for each in findings.everyone],
-        "notes": list(
-            filter(None, [findings.first.evaluation.short, *warnings(counts_of(findings.first.evaluation))])
-        ),
+        "notes": list(filter(None, [evaluation.short, *warnings(counts_of(evaluation))])),
         "data": browser(findings, workers),
         "style": Markup((templates / "report.css").read_text(encoding="utf-8")),
         "script": Markup((templates / "report.js").read_text(encoding="utf-8")),

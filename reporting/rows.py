@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 from markupsafe import Markup
 
-from evaluation.cameras import CameraScores
 from evaluation.scoring import rerank_title
 from evaluation.similarity import Similarities, equal_error_rate, overlap
 from evaluation.tables import counts_of, per_cent
@@ -102,20 +100,6 @@ def pair_rows(similarities: Mapping[str, Mapping[str, Similarities]]) -> list[Ce
         ]
         for label, pairs in similarities.items()
         for kind, pair in pairs.items()
-    ]
-
-
-def camera_rows(found: Mapping[str, CameraScores]) -> list[Cells]:
-    """Label, query and gallery camera, rank-1 and mAP in per cent, queries and gallery images."""
-    return [
-        [
-            label,
-            *map(str, cameras),
-            *("not compared" if np.isnan(score) else f"{100 * score:.2f}" for score in scores[:2]),
-            *(f"{number:,.6g}" for number in scores[2:]),
-        ]
-        for label, pairs in found.items()
-        for cameras, scores in pairs.items()
     ]
 
 

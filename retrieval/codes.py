@@ -97,11 +97,8 @@ class CodedQueries:
         self.norm = np.linalg.norm(self.queries, axis=1)
         if len(queries) <= FEW:
             self._rounded = torch.from_numpy(turned).bfloat16()
-            self.scale, rounded, self._output = (
-                np.ones(len(queries)),
-                self._rounded.double().numpy(),
-                BFLOAT16,
-            )
+            self.scale = np.ones(len(queries))
+            rounded, self._output = self._rounded.double().numpy(), BFLOAT16
         else:
             levels = int8_levels()
             self.scale = np.maximum(np.abs(turned).max(1) / levels, np.finfo(np.float32).tiny)

@@ -79,13 +79,8 @@ class _Search:
     def __init__(
         self, queries: torch.Tensor, gallery: Embeddings, top: int, allowed: Allowed | None, at_least: float
     ):
-        self.queries, self.gallery, self.top, self.allowed, self.at_least = (
-            queries,
-            gallery,
-            top,
-            allowed,
-            at_least,
-        )
+        self.queries, self.gallery, self.top = queries, gallery, top
+        self.allowed, self.at_least = allowed, at_least
         self.rows = queries.cpu()  # where pairs are compared
         self.coded = coded_queries(self.rows.numpy()) if queries.device.type == "cpu" else None
         # A sum of D products in float32, in any order, is D 2^-24 |q||x| from the true one, and a little more

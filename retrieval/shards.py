@@ -215,9 +215,7 @@ class Embeddings:
                 raise UserError(f"{shard.table}: names row {rows.max()} of {shard.array}'s {number}")
             self._rows.append(None if np.array_equal(rows, np.arange(number)) else rows)
             counts.append(len(rows))
-        self.starts = np.cumsum(
-            [0, *counts]
-        )  # the position of each shard's first row; the last: their number
+        self.starts = np.cumsum([0, *counts])  # the position of each shard's first row, then their number
         if not len(self):
             raise UserError(f"{folder}: embeddings of no images")
 

@@ -1,7 +1,7 @@
 """Synthetic visible-infrared re-identification datasets as image files; `python -m synthetic` draws one.
 
 The folder has the exact layout of SYSU-MM01, RegDB or LLCM (docs/method.md, section 8), or that of own images
-(docs/own-data.md), so that every script of this project can read it. people.py draws the images.
+(docs/own-data.md), so that every script of this project can read it. people.py and scenes.py draw the images.
 """
 
 import io
@@ -19,7 +19,8 @@ import scipy.io
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from synthetic.people import MOMENT, SPLIT, make_camera, make_identity, render
+from synthetic.people import make_identity, render
+from synthetic.scenes import MOMENT, SPLIT, make_camera
 from utils import UserError, whole_file
 
 # Defaults per dataset: training identities, test identities, images per identity and camera.

@@ -22,32 +22,17 @@ def get_args_parser() -> Parser:
     )
     some, one = at_least(2), at_least(1)
     add = parser.add_argument
-    add("--dataset", choices=SIZES, required=True, help="whose layout to draw")
-    add("--data-path", required=True, metavar="DIR", help="folder to draw into: new or empty")
-    add("--identities", type=some, metavar="N", help=f"training identities (default: {train})")
-    add("--test-identities", type=some, metavar="N", help=f"test identities (default: {test})")
-    add("--images", type=one, metavar="N", help=f"images per identity and camera (default: {images})")
-    add("--img-h", type=at_least(16), default=160, metavar="PIXELS", help="image height (default: 160)")
-    add("--img-w", type=at_least(8), default=64, metavar="PIXELS", help="image width (default: 64)")
-    add(
-        "--seed",
-        type=seed_number,
-        default=0,
-        metavar="N",
-        help="the same seed gives the same bytes (default: 0)",
-    )
-    add(
-        "--workers",
-        type=at_least(0),
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes that draw (default: one per core)",
-    )
-    add(
-        "--contact-sheet",
-        metavar="FILE.png",
-        help="also write a picture of some identities",
-    )
+    add("--dataset", choices=SIZES, required=True, help="the dataset whose layout is drawn")
+    add("--data-path", required=True, metavar="DIR", help="folder to draw into, new or empty")
+    add("--identities", type=some, metavar="N", help=f"identities to train on (default: {train})")
+    add("--test-identities", type=some, metavar="N", help=f"identities to test on (default: {test})")
+    add("--images", type=one, metavar="N", help=f"images of each identity and camera (default: {images})")
+    add("--img-h", type=at_least(16), default=160, metavar="PIXELS", help="height of the images")
+    add("--img-w", type=at_least(8), default=64, metavar="PIXELS", help="width of the images")
+    add("--seed", type=seed_number, default=0, metavar="N", help="the same seed gives the same bytes")
+    workers = {"type": at_least(0), "default": os.cpu_count() or 1, "metavar": "N"}
+    add("--workers", **workers, help="processes that draw images")
+    add("--contact-sheet", metavar="FILE.png", help="also write a picture of some identities")
     return parser
 
 

@@ -21,7 +21,7 @@ import train
 from checkpoints import save_checkpoint
 from data_manager import class_labels, train_samples
 from model import TwoStreamResNet
-from readers.arrays import TrainingImages, write_training_arrays
+from readers.arrays import ArrayFiles, TrainingImages
 from tools import commands
 from utils import run_script as run_main
 
@@ -61,7 +61,7 @@ def draw_sysu(root, identities=8, seed=0, size=(32, 16)):
     samples = train_samples("sysu", root)
     paths = {modality: those.paths for modality, those in samples.items()}
     pids = sorted({int(pid) for pid in samples["visible"].pids})
-    write_training_arrays(root, TrainingImages(paths, class_labels(samples), pids), *size, workers=1)
+    ArrayFiles(root, *size).write(TrainingImages(paths, class_labels(samples), pids), workers=1)
     return root
 
 

@@ -125,8 +125,8 @@ weight decay that bypasses Adam's moments
 == engine/settings.py, test_train.py
 
 a table learns too slowly
-- add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy (default: 0.25)")
-+ add("--momentum", type=fraction, default=0.75, help="weight of a modality's old proxy (default: 0.25)")
+- add("--momentum", type=fraction, default=0.25, help="weight of a modality's old proxy")
++ add("--momentum", type=fraction, default=0.75, help="weight of a modality's old proxy")
 
 == engine/training.py, test_train.py
 

@@ -11,14 +11,7 @@ from conftest import draw_images, ramp, read_slowly, save_values
 
 from images import UnreadableImages, decode, read_image
 from readers import arrays as storage_arrays
-from readers.arrays import (
-    TrainingImages,
-    array_files,
-    open_training_arrays,
-    training_arrays,
-    write_array,
-    write_training_arrays,
-)
+from readers.arrays import ArrayFiles, TrainingImages, write_array
 from utils import UserError
 
 LABELS = {"visible": np.array([0, 0, 1, 2, 2]), "infrared": np.array([2, 1, 0])}
@@ -40,21 +33,21 @@ def test_arrays_keep_the_range_that_they_were_decoded_by(tmp_path):
     deep = [save_values(tmp_path / f"data/{k}.png", part) for k, part in enumerate(values)]
     paths = {"visible": draw_images(tmp_path / "data/visible", 4), "infrared": deep}
     labels = {modality: np.array([0, 0, 1, 1]) for modality in paths}
-    args = (tmp_path / "arrays", TrainingImages(paths, labels, [3, 4]), 20, 8, 2)
-    arrays = training_arrays(*args)
+    files, source = ArrayFiles(tmp_path / "arrays", 20, 8), (TrainingImages(paths, labels, [3, 4]), 2)
+    arrays = files.load_or_write(*source)
     assert arrays.pixel_range == (29000, 31300)
     expected = [read_image(path, 20, 8, arrays.pixel_range) for path in deep]
     np.testing.assert_array_equal(arrays.images["infrared"], np.stack(expected))
-    assert training_arrays(*args, pixel_range=[29000.0, 31300.0]).pixel_range == (29000, 31300)
+    assert files.load_or_write(*source, pixel_range=[29000.0, 31300.0]).pixel_range == (29000, 31300)
     another = r"rgb_resized_img\.npy: made with another .*--pixel-range 27315 33315"
     with pytest.raises(UserError, match=another):
-        open_training_arrays(tmp_path / "arrays", 20, 8, paths, pixel_range=(27315, 33315))
-    again = training_arrays(*args, pixel_range=(27315, 33315))
+        files.load(paths, (27315, 33315))
+    again = files.load_or_write(*source, pixel_range=(27315, 33315))
     assert again.pixel_range == (27315, 33315)
     assert (again.images["infrared"] != arrays.images["infrared"]).any()
     assert np.ptp(again.images["infrared"]) < np.ptp(np.stack(expected))
     for _ in range(2):  # a range that was given for one run is not another run's
-        assert training_arrays(*args).pixel_range == (29000, 31300)
+        assert files.load_or_write(*source).pixel_range == (29000, 31300)
 
 
 @pytest.fixture
@@ -67,7 +60,7 @@ def paths(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, paths):
-    write_training_arrays(tmp_path / "arrays", TrainingImages(paths, LABELS, PIDS), 20, 8, 2)
+    ArrayFiles(tmp_path / "arrays", 20, 8).write(TrainingImages(paths, LABELS, PIDS), 2)
     return tmp_path / "arrays"
 
 
@@ -76,7 +69,7 @@ def contents(folder):
 
 
 def test_training_arrays_come_back(folder, paths):
-    arrays = open_training_arrays(folder, 20, 8, paths)
+    arrays = ArrayFiles(folder, 20, 8).load(paths)
     for modality, part in paths.items():
         np.testing.assert_array_equal(
             arrays.images[modality], np.stack([read_slowly(p, 20, 8) for p in part])
@@ -129,9 +122,9 @@ def without_manifest(folder, paths):
 def test_arrays_that_do_not_match_their_images_are_refused(folder, paths, change):
     change(folder, paths)
     with pytest.raises(UserError, match=r"_resized_img\.npy: .*pre_process_sysu.py --data-path"):
-        open_training_arrays(folder, 20, 8, paths)
+        ArrayFiles(folder, 20, 8).load(paths)
     if change is not without_manifest:  # with no images to compare with, there is nothing to refuse
-        open_training_arrays(folder, 20, 8)
+        ArrayFiles(folder, 20, 8).load()
 
 
 def save(name, array):
@@ -191,20 +184,20 @@ def test_broken_arrays_are_refused_by_name(folder, case):
     spoil, culprit = BROKEN[case]
     spoil(folder)
     with pytest.raises(UserError) as error:
-        open_training_arrays(folder, 20, 8)
+        ArrayFiles(folder, 20, 8).load()
     assert str(error.value).startswith(f"{folder / culprit}: ")
     assert "\n" not in str(error.value)
 
 
 def test_arrays_of_another_size_are_refused(folder):
     with pytest.raises(UserError, match=r"20x8, not --img-h 40 --img-w 8.*--img-h 40 --img-w 8"):
-        open_training_arrays(folder, 40, 8)
+        ArrayFiles(folder, 40, 8).load()
 
 
 def test_arrays_of_other_code_are_taken_with_a_warning(folder, paths, caplog):
     (folder / "train_resized.json").unlink()
     with caplog.at_level(logging.WARNING, logger="mce"):
-        arrays = open_training_arrays(folder, 20, 8, paths)
+        arrays = ArrayFiles(folder, 20, 8).load(paths)
     assert arrays.pids is None
     assert arrays.fingerprint is None
     assert "train_resized.json" in caplog.text
@@ -216,7 +209,7 @@ def test_unreadable_images_of_both_modalities_leave_the_former_arrays(folder, pa
     for path in bad:
         Path(path).write_bytes(b"")
     with pytest.raises(UnreadableImages) as error:
-        write_training_arrays(folder, TrainingImages(paths, LABELS, PIDS), 24, 8, 2)
+        ArrayFiles(folder, 24, 8).write(TrainingImages(paths, LABELS, PIDS), 2)
     assert all(path in str(error.value) for path in bad)
     assert contents(folder) == before
 
@@ -225,31 +218,31 @@ def test_a_full_disk_is_refused_before_it_starts(tmp_path, paths, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 5000))
     monkeypatch.setattr(storage_arrays, "decode", lambda *args: pytest.fail("began to decode"))
     with pytest.raises(UserError, match=r"arrays: the arrays need .* GB"):
-        write_training_arrays(tmp_path / "arrays", TrainingImages(paths, LABELS, PIDS), 20, 8, 2)
+        ArrayFiles(tmp_path / "arrays", 20, 8).write(TrainingImages(paths, LABELS, PIDS), 2)
     assert contents(tmp_path / "arrays") == {}
 
 
 def test_training_arrays_decodes_once(tmp_path, paths, monkeypatch):
-    args = (tmp_path / "cache", TrainingImages(paths, LABELS, PIDS), 20, 8, 2, "train_3")
-    made = training_arrays(*args)
+    files, source = ArrayFiles(tmp_path / "cache", 20, 8, "train_3"), TrainingImages(paths, LABELS, PIDS)
+    made = files.load_or_write(source, 2)
     calls = []
-    write = storage_arrays.write_training_arrays
-    monkeypatch.setattr(storage_arrays, "write_training_arrays", lambda *a: calls.append(a) or write(*a))
-    again = training_arrays(*args)
+    write = ArrayFiles.write
+    monkeypatch.setattr(ArrayFiles, "write", lambda *a: calls.append(a) or write(*a))
+    again = files.load_or_write(source, 2)
     assert calls == []
     np.testing.assert_array_equal(made.images["visible"], again.images["visible"])
     touch_image(None, paths)
-    training_arrays(*args)
+    files.load_or_write(source, 2)
     assert len(calls) == 1
     relabelled = {"visible": np.array([0, 1, 1, 2, 2]), "infrared": LABELS["infrared"]}
-    arrays = training_arrays(tmp_path / "cache", TrainingImages(paths, relabelled, PIDS), *args[2:])
+    arrays = files.load_or_write(TrainingImages(paths, relabelled, PIDS), 2)
     assert len(calls) == 2
     np.testing.assert_array_equal(arrays.labels["visible"], relabelled["visible"])
 
 
 def test_array_files_take_a_prefix():
-    files = array_files("folder", "train_4")
-    assert files["visible"] == (
+    files = ArrayFiles("folder", 20, 8, "train_4")
+    assert files.files["visible"] == (
         Path("folder/train_4_rgb_resized_img.npy"),
         Path("folder/train_4_rgb_resized_label.npy"),
     )

@@ -94,7 +94,7 @@ def stored(tmp_path):
 
 def make_loader(stored, cache="auto", **batches):
     identity_batches = IdentityBatches(MANY, 4, 2, 7, **batches)
-    return TrainLoader(stored, MANY, identity_batches, "sysu", CPU, 7, cache)
+    return TrainLoader(stored, identity_batches, "sysu", CPU, cache)
 
 
 def test_an_epoch_is_the_same_with_every_cache(stored):
@@ -110,10 +110,10 @@ def test_pixels_stay_on_the_disk_where_a_gpu_has_no_room_for_them(stored, monkey
     size = sum(part.nbytes for part in stored.values())
     batches = IdentityBatches(MANY, 4, 2, 7)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * size - 3, 10 * size))
-    assert TrainLoader(stored, MANY, batches, "sysu", torch.device("cuda", 0), 7).cache == "disk"
+    assert TrainLoader(stored, batches, "sysu", torch.device("cuda", 0)).cache == "disk"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size - 1, 10 * size))
     with pytest.raises(UserError, match="--cache device: the images need"):
-        TrainLoader(stored, MANY, batches, "sysu", torch.device("cuda", 0), 7, "device")
+        TrainLoader(stored, batches, "sysu", torch.device("cuda", 0), "device")
 
 
 def test_an_epoch_yields_the_drawn_images_augmented(stored):
@@ -134,7 +134,7 @@ def test_an_epoch_yields_the_drawn_images_augmented(stored):
 
 
 def test_processes_share_the_augmented_images_that_one_would_have(stored):
-    whole = next(TrainLoader(stored, MANY, IdentityBatches(MANY, 12, 2, 7), "sysu", CPU, 7).epoch(1))
+    whole = next(TrainLoader(stored, IdentityBatches(MANY, 12, 2, 7), "sysu", CPU).epoch(1))
     shares = [next(make_loader(stored, rank=rank, world_size=3).epoch(1)) for rank in range(3)]
     for modality, images in whole[0].items():
         assert torch.equal(torch.cat([own[modality] for own, _ in shares]), images)

@@ -40,7 +40,7 @@ from reporting.comparing import Listed, confused, most_confused, outcomes
 from reporting.evaluated import Evaluated
 from reporting.learning import history_file, read_history
 from reporting.views import embed, position_powers, similarity_map
-from synthetic import people
+from synthetic import people, scenes
 from utils import UserError, log
 
 
@@ -385,8 +385,8 @@ class Patches(torch.nn.Module):
 def test_the_map_lies_on_the_garment_in_which_people_differ(part):
     """And not where the image is bright, nor elsewhere on a blank or a mirrored image."""
     who = replace(people.make_identity(9, 3), bag_style="none", opening=0.0, bottom_cut="wide")
-    camera = people.make_camera(5, "visible", 1)
-    cloths = [people._plain((v, v, v), 0.5, 0.5) for v in (0.15, 0.9)]
+    camera = scenes.make_camera(5, "visible", 1)
+    cloths = [scenes.plain_cloth((v, v, v), 0.5, 0.5) for v in (0.15, 0.9)]
     drawn = [
         np.asarray(people.render(replace(who, **{part: cloth}), camera, np.random.default_rng(1), 160, 64))
         for cloth in cloths

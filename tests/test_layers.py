@@ -14,7 +14,7 @@ LIBRARY = (  # each may import those before it
     "readers.samples", "readers.sysu", "readers.regdb", "readers.llcm", "readers.own", "readers.ranges",
     "readers.arrays", "data_manager", "checkpoints", "data_loader", "memory", "loss", "model", "precision",
     "reranking", "evaluation.counting", "eval_metrics", "evaluation", "engine", "retrieval", "reporting",
-    "synthetic.people", "synthetic", "tools.commands",
+    "synthetic.scenes", "synthetic.people", "synthetic", "tools.commands",
 )  # fmt: skip
 COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}
 WITHOUT_TORCH = ("utils", "images", "readers.lists", "readers.own", "data_manager", "synthetic")

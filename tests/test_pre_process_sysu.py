@@ -10,7 +10,7 @@ from PIL import Image
 from data_manager import class_labels, train_samples
 from images import read_image
 from pre_process_sysu import get_args_parser, main
-from readers.arrays import open_training_arrays
+from readers.arrays import ArrayFiles
 from utils import run_script
 
 SCRIPT = Path(__file__).parents[1] / "pre_process_sysu.py"
@@ -61,7 +61,7 @@ def test_the_arrays_hold_the_training_images(root):
     result = run("--data-path", root, "--img-h", 24, "--img-w", 8, "--workers", 2)
     assert result.returncode == 0, result.stderr
     samples = train_samples("sysu", root)
-    arrays = open_training_arrays(root, 24, 8, {modality: part.paths for modality, part in samples.items()})
+    arrays = ArrayFiles(root, 24, 8).load({modality: part.paths for modality, part in samples.items()})
     for modality, number in {"visible": 12, "infrared": 6}.items():
         expected = np.stack([read_image(path, 24, 8) for path in samples[modality].paths])
         assert len(expected) == number
@@ -79,7 +79,7 @@ def test_output_and_the_underscored_flags(root, tmp_path, run_here):
         "--data_path", root, "--img_h", 12, "--img_w", 8, "--output", tmp_path / "new" / "arrays"
     )
     assert status == 0, errors
-    assert open_training_arrays(tmp_path / "new" / "arrays", 12, 8).images["visible"].shape == (12, 12, 8, 3)
+    assert ArrayFiles(tmp_path / "new" / "arrays", 12, 8).load().images["visible"].shape == (12, 12, 8, 3)
     assert names(root) == before
 
 
@@ -126,7 +126,7 @@ def test_a_second_run_replaces_the_first(root, run_here):
     shutil.copy(root / "cam1/0003/0001.jpg", root / "cam1/0003/0003.jpg")
     assert run_here("--data-path", root, "--img-h", 24, "--img-w", 8)[0] == 0
     paths = {modality: part.paths for modality, part in train_samples("sysu", root).items()}
-    assert open_training_arrays(root, 24, 8, paths).images["visible"].shape == (13, 24, 8, 3)
+    assert ArrayFiles(root, 24, 8).load(paths).images["visible"].shape == (13, 24, 8, 3)
 
 
 def test_arrays_of_another_size_are_replaced_with_a_word(root, run_here):
@@ -139,7 +139,7 @@ def test_arrays_of_another_size_are_replaced_with_a_word(root, run_here):
         f"{root}/train_{word}_resized_img.npy: its {number} images of 24x8 are replaced by 32x8"
         for word, number in (("rgb", 12), ("ir", 6))
     ]
-    assert open_training_arrays(root, 32, 8).images["visible"].shape == (12, 32, 8, 3)
+    assert ArrayFiles(root, 32, 8).load().images["visible"].shape == (12, 32, 8, 3)
 
 
 def test_the_pixel_range_is_found_told_given_and_kept(root, run_here):
@@ -151,10 +151,10 @@ def test_the_pixel_range_is_found_told_given_and_kept(root, run_here):
     status, errors = run_here(*small)
     assert status == 0
     assert "infrared: 6 of 6 training images have more than eight bits, values 51,241 to 52,181" in errors
-    assert open_training_arrays(root, 24, 8).pixel_range == (51241, 52181)
-    assert np.ptp(open_training_arrays(root, 24, 8).images["infrared"]) > 240
+    assert ArrayFiles(root, 24, 8).load().pixel_range == (51241, 52181)
+    assert np.ptp(ArrayFiles(root, 24, 8).load().images["infrared"]) > 240
     assert run_here(*small, "--pixel-range", 51000, 53000)[0] == 0
-    assert open_training_arrays(root, 24, 8).pixel_range == (51000, 53000)
+    assert ArrayFiles(root, 24, 8).load().pixel_range == (51000, 53000)
     before = names(root)
     status, errors = run_here(*small, "--pixel-range", 0, 100)
     assert status == 2

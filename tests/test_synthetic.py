@@ -14,7 +14,7 @@ from PIL import Image
 
 import synthetic
 from synthetic import __main__ as command
-from synthetic import people
+from synthetic import people, scenes
 from utils import UserError, run_script
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -190,9 +190,9 @@ def test_a_spectrum_sees_its_own_side_of_a_garment_only(changed):
     value = (0.9, 0.1, 0.1) if changed == "visible" else 1 - getattr(who.top.ink, changed)
     dressed = replace(who, top=replace(who.top, ink=replace(who.top.ink, **{changed: value})))
     cameras = {
-        "visible": people.make_camera(0, "visible", 1),
-        "infrared": people.make_camera(0, "infrared", 3),
-        "thermal": people.make_camera(0, "infrared", 3, thermal=True),
+        "visible": scenes.make_camera(0, "visible", 1),
+        "infrared": scenes.make_camera(0, "infrared", 3),
+        "thermal": scenes.make_camera(0, "infrared", 3, thermal=True),
     }
     for spectrum, camera in cameras.items():
         one, two = (people.render(x, camera, np.random.default_rng(0), 64, 32) for x in (who, dressed))
@@ -225,7 +225,7 @@ def test_the_lighter_ink_of_a_pattern_is_the_lighter_in_infrared():
 
 
 def test_identities_look_different_in_infrared():
-    camera = people.make_camera(0, "infrared", 3)
+    camera = scenes.make_camera(0, "infrared", 3)
     images = [
         np.asarray(people.render(people.make_identity(0, pid), camera, np.random.default_rng(0), 64, 32))
         for pid in range(1, 41)
@@ -279,17 +279,18 @@ def test_bad_values_name_the_flag(flag, value, tmp_path):
 
 def test_drawing_needs_no_torch():
     code = (
-        "import sys, numpy; from synthetic import people as s; camera = s.make_camera(0, 'visible', 1);"
-        "s.render(s.make_identity(0, 1), camera, numpy.random.default_rng(0), 16, 8);"
+        "import sys, numpy; from synthetic import people, scenes;"
+        "camera = scenes.make_camera(0, 'visible', 1);"
+        "people.render(people.make_identity(0, 1), camera, numpy.random.default_rng(0), 16, 8);"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
 
 
 def test_an_infrared_scene_is_lit_everywhere():
-    camera = people.make_camera(0, "infrared", 3)
+    camera = scenes.make_camera(0, "infrared", 3)
     for seed in range(60):
-        canvas = people.Canvas(40, 20, camera)
+        canvas = scenes.Canvas(40, 20, camera)
         canvas.pixels[:] = 1
-        image = np.asarray(people._develop(canvas, np.random.default_rng(seed)))
+        image = np.asarray(scenes.develop(canvas, np.random.default_rng(seed)))
         assert image.min() > 0.2 * image.max()

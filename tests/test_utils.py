@@ -32,6 +32,16 @@ def example_parser():
     return parser
 
 
+def test_help_says_a_default_once_and_only_where_there_is_one():
+    parser = Parser(prog="example")
+    parser.add_argument("--zero", type=int, default=0, help="a number")
+    parser.add_argument("--own", default="x", help="a word (default: the checkpoint's)")
+    parser.add_argument("--check", action="store_true", help="try it")
+    parser.add_argument("--json", metavar="FILE", help="write it")
+    lines = [line.rsplit("  ", 1)[-1] for line in parser.format_help().splitlines()[-4:]]
+    assert lines == ["a number (default: 0)", "a word (default: the checkpoint's)", "try it", "write it"]
+
+
 # --- run_script
 
 

@@ -55,40 +55,19 @@ def get_args_parser() -> Parser:
         parents=[device_flags()],
     )
     add = parser.add_argument
-    add(
-        "--output",
-        default="ablation",
-        metavar="DIR",
-        help="folder of data, runs and results.json (default: ablation)",
-    )
-    add(
-        "--seeds",
-        type=at_least(1),
-        default=3,
-        metavar="N",
-        help="runs of each variant, seeds 0 to N-1 (default: 3)",
-    )
-    add(
-        "--first",
-        type=at_least(1),
-        default=len(VARIANTS),
-        metavar="N",
-        help="only the first N variants (default: all)",
-    )
-    add("--epochs", type=at_least(6), default=6, metavar="N", help="length of each training (default: 6)")
-    add(
-        "--lr",
-        type=positive,
-        default=0.001,
-        metavar="RATE",
-        help="base rate of every training (default: 0.001)",
-    )
-    add(
-        "--weights", default="none", metavar="imagenet|none|FILE",
-        help="initial weights of every training, as train.py has them (default: none, random ones)",
-    )  # fmt: skip
+    one = at_least(1)
+    add("--output", default="ablation", metavar="DIR", help="folder to write data, runs and results.json to")
+    seeds = "how many models to train of each variant, seeds 0 to N-1"
+    add("--seeds", type=one, default=3, metavar="N", help=seeds)
+    first = "train only the first N variants"
+    add("--first", type=one, default=len(VARIANTS), metavar="N", help=first)
+    add("--epochs", type=at_least(6), default=6, metavar="N", help="number of epochs of every training")
+    lr = "the learning rate of every training, after the warm-up"
+    add("--lr", type=positive, default=0.001, metavar="RATE", help=lr)
+    weights = "initial weights of every training, as train.py has them; none: random ones"
+    add("--weights", default="none", metavar="imagenet|none|FILE", help=weights)
     add("--table", metavar="FILE.md", help="also put the table between the two marks in this file")
-    add("--quick", action="store_true", help="8 identities and one epoch: whether it works, and no evidence")
+    add("--quick", action="store_true", help="take 8 identities and one epoch: whether it works, no evidence")
     return parser
 
 

@@ -180,23 +180,22 @@ def get_args_parser() -> Parser:
         prog="python -m tools.check",
         description="Check whether a dataset is complete; exit status 0 if it is, 1 if not.",
     )
-    parser.add_argument("--dataset", required=True, choices=DATASETS, help="which dataset")
-    parser.add_argument("--data-path", metavar="DIR", help="the dataset's folder (default: data/<dataset>)")
-    parser.add_argument(
-        "--test-identities", type=at_least(1), metavar="N", help="own images: draw N test identities, once"
-    )
-    parser.add_argument(
-        "--seed", type=seed_number, default=0, metavar="N", help="seed of that draw (default: 0)"
-    )
-    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(), metavar="N", help="threads")
+    add = parser.add_argument
+    add("--dataset", required=True, choices=DATASETS, help="the dataset to check")
+    add("--data-path", metavar="DIR", help="the dataset's folder (default: data/<dataset>)")
+    add(
+        "--test-identities", type=at_least(1), metavar="N",
+        help="draw N test identities, once, of own images without a split",
+    )  # fmt: skip
+    add("--seed", type=seed_number, default=0, metavar="N", help="seed of that draw")
+    workers = {"type": at_least(1), "default": os.cpu_count(), "metavar": "N"}
+    add("--workers", **workers, help="threads that decode images")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
     """Print the result of the check; return 0 if the dataset is complete, else 1."""
-    sys.stdout.reconfigure(
-        errors="backslashreplace"
-    )  # file names may hold characters that a terminal cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")  # for what a terminal cannot show of a file's name
     log_to_terminal(stream=sys.stderr)
     root = data_manager.dataset_root(args.dataset, args.data_path)
     if args.test_identities is not None:

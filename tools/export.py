@@ -26,7 +26,7 @@ from evaluation.flags import RUNTIMES
 from evaluation.runtimes import Graph, open_graph, to_onnx
 from model import extract_features
 from retrieval.embeddings import find_images, open_embedder
-from utils import Parser, UserError, at_least, log, log_to_terminal, run_script, whole_file
+from utils import Parser, UserError, add_size_flags, log, log_to_terminal, run_script, whole_file
 
 LARGEST_DIFFERENCE = 1e-4  # of a number of a feature, both in float32
 LARGEST_DEVIATION = 1e-4  # of a feature's length from 1
@@ -38,31 +38,17 @@ def get_args_parser() -> Parser:
     parser = Parser(
         prog="python -m tools.export", description="Export a checkpoint's network as ONNX graphs, checked."
     )
-    parser.add_argument(
-        "--resume", required=True, metavar="FILE", help="a checkpoint: ours, the released code's or AGW's"
-    )
-    parser.add_argument("--output", required=True, metavar="FILE.onnx", help="a stem's name is put in")
-    parser.add_argument(
-        "--images",
-        metavar="DIR",
-        help="images to check with (default: data/<dataset> of the checkpoint's dataset)",
-    )
-    parser.add_argument(
-        "--check",
-        choices=RUNTIMES[1:],
-        default="onnx",
-        help="the runtime to check the graphs in (default: onnx)",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    checkpoint = "a checkpoint of this project, of the released code or of AGW"
+    add("--resume", required=True, metavar="FILE", help=checkpoint)
+    add("--output", required=True, metavar="FILE.onnx", help="file to write; a stem's name is put in")
+    add("--images", metavar="DIR", help="images to check with (default: data/<the checkpoint's dataset>)")
+    add("--check", choices=RUNTIMES[1:], default="onnx", help="the runtime to check the graphs in")
+    add(
         "--input", choices=("uint8", "float32"), default="uint8",
-        help="the type of the pixels; converters to float16 need float32 (default: uint8)",
+        help="the type of the pixels; converters to float16 need float32",
     )  # fmt: skip
-    parser.add_argument(
-        "--img-h", type=at_least(8), metavar="PIXELS", help="image height (default: the checkpoint's)"
-    )
-    parser.add_argument(
-        "--img-w", type=at_least(8), metavar="PIXELS", help="image width (default: the checkpoint's)"
-    )
+    add_size_flags(add)
     return parser
 
 

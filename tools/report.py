@@ -35,22 +35,23 @@ def get_args_parser() -> Parser:
     parser = Parser(
         prog="python -m tools.report",
         description="Make a page of what checkpoints or features do, and figures; rankings, embedding and "
-        "maps are of the first. Defaults of --dataset, --img-h, --img-w and --amp "
-        "are what the checkpoints were trained with.",
+        "maps are of the first.",
         parents=[evaluation_flags()],
     )
     parser.add_argument(
         "--log-path", metavar="DIR", help="the runs' logs and histories (default: where they were written)"
     )
     outputs = parser.add_argument_group("outputs")
-    outputs.add_argument("--output", required=True, metavar="DIR", help="for index.html and the figures")
+    outputs.add_argument(
+        "--output", required=True, metavar="DIR", help="folder to write the page and the figures to"
+    )
     outputs.add_argument(
         "--figures", nargs="+", choices=FIGURES, metavar="NAME",
-        help=f"only these figures, and no page: {', '.join(FIGURES)}",
+        help=f"write only these figures, and no page: {', '.join(FIGURES)}",
     )  # fmt: skip
     outputs.add_argument(
         "--queries", nargs="+", default=["random"], metavar="WHICH",
-        help="of the ranking figure: worst, best, random, or pids (default: random)",
+        help="queries that the ranking figure shows: worst, best, random, or pids (default: random)",
     )  # fmt: skip
     return parser
 

@@ -39,30 +39,19 @@ def get_args_parser() -> Parser:
         parents=[device_flags()],
     )
     add = parser.add_argument
-    add("--data-path", required=True, metavar="DATA", help=f"the folder of {', '.join(PUBLIC)}")
+    add("--data-path", required=True, metavar="DATA", help=f"the folder that has {', '.join(PUBLIC)}")
+    add("--output", default="reproduce", metavar="DIR", help="folder to write everything to")
     add(
-        "--output",
-        default="reproduce",
-        metavar="DIR",
-        help="folder of everything written (default: reproduce)",
-    )
-    add(
-        "--seeds",
-        type=at_least(1),
-        default=1,
-        metavar="N",
-        help="models of each setting, seeds 0 to N-1 (default: 1)",
-    )
+        "--seeds", type=at_least(1), default=1, metavar="N",
+        help="how many models to train of each setting, seeds 0 to N-1",
+    )  # fmt: skip
     add(
         "--stem", choices=STEMS, nargs="+", default=["shared"],
         help="shared: the paper's numbers are of it; two-stream: rows of their own (default: shared)",
     )  # fmt: skip
     add("--incomplete", action="store_true", help="go on with a dataset that tools.check calls incomplete")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print what is missing, with an estimate from a few timed steps",
-    )
+    dry_run = "print what is missing, with an estimate from a few timed steps"
+    add("--dry-run", action="store_true", help=dry_run)
     return parser
 
 

@@ -49,33 +49,24 @@ li {{ width: 9em; overflow-wrap: anywhere; font-size: 12px }}
 
 def get_args_parser() -> Parser:
     """The command line."""
-    parser = Parser(
-        prog="python -m tools.search",
-        description="Search a folder of embeddings by images.",
-        parents=[device_flags()],
-    )
-    parser.set_defaults(amp=None)
-    parser.add_argument("--resume", required=True, metavar="FILE", help="the checkpoint that embedded FOLDER")
-    parser.add_argument("--gallery", required=True, metavar="FOLDER", help="tools.embed's --output")
-    parser.add_argument(
-        "--query", required=True, metavar="IMAGE|DIR", help="an image, or what tools.embed takes as --images"
-    )
-    parser.add_argument(
-        "--query-modality", required=True, choices=("visible", "infrared"), help="of the queries"
-    )
-    parser.add_argument(
-        "--top", type=at_least(1), default=10, metavar="N", help="results of a query (default: 10)"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--report", metavar="DIR", help="write a page with the images, DIR/index.html")
-    parser.add_argument(
+    words, parents = "Search a folder of embeddings by images.", [device_flags(amp=None)]
+    parser = Parser(prog="python -m tools.search", description=words, parents=parents)
+    add = parser.add_argument
+    add("--resume", required=True, metavar="FILE", help="the checkpoint that embedded FOLDER")
+    add("--gallery", required=True, metavar="FOLDER", help="the folder that tools.embed wrote")
+    add("--query", required=True, metavar="IMAGE|DIR", help="an image, or what tools.embed takes as --images")
+    add("--query-modality", required=True, choices=("visible", "infrared"), help="modality of all queries")
+    add("--top", type=at_least(1), default=10, metavar="N", help="how many images are found for each query")
+    add("--json", action="store_true", help="print JSON instead of text")
+    add("--report", metavar="DIR", help="write a page with the images, DIR/index.html")
+    add(
         "--exclude-same-camera", action="store_true",
         help="leave out images of the query's own camera, by the column camid of the gallery's table and of "
         "the queries' (or of the query in the gallery)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--min-similarity", type=cosine, default=-math.inf, metavar="S",
-        help="leave out images that are less similar, -1 to 1",
+        help="leave out images that are less similar, -1 to 1 (default: leave out none)",
     )  # fmt: skip
     return parser
 
