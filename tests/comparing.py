@@ -1,9 +1,11 @@
 """One set of drawn features, judged by this project and by the packages of other people that are installed.
 
     python -m tests.comparing
+    python -m tests.comparing --features FILE.npz --data-path DIR
 
-docs/comparing.md says which packages, and has the table that this prints. Of a missing package a line says
-`not measured`. Files of packages are loaded one by one, unchanged: their own imports want much more.
+docs/comparing.md says which packages, and has the tables that this prints. The second command asks what
+re-ranking owes to the other queries, of a network's features that test.py --save-features wrote. Of a missing
+package a line says `not measured`. Files of packages are loaded one by one, unchanged: their own imports want much more.
 """
 
 import importlib.metadata
@@ -19,7 +21,10 @@ import torch
 from sklearn.metrics import average_precision_score
 
 from eval_metrics import eval_llcm, eval_regdb, eval_sysu
+from evaluation.methods import find_methods
+from evaluation.scoring import reranking_of
 from reranking import ONE_AT_A_TIME, RERANKING
+from test import get_args_parser
 
 PERSONS, UNMATCHED = 40, 4  # the last ones have queries only
 DIM = 64
@@ -200,8 +205,51 @@ def euclidean(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
     return torch.cdist(torch.from_numpy(query), torch.from_numpy(gallery)).numpy()
 
 
+def shares(words: list[str]) -> None:
+    """Print a table of re-ranked rank-1 and mAP, the mean over trials, by the queries that take part.
+
+    words: flags of test.py.
+    """
+    [method] = find_methods(get_args_parser, words)
+    method.evaluate(torch.device("cpu"))
+    trials = [
+        (*(method.features.of(samples) for samples in pair), pair, protocol)
+        for (protocol, _), pair in method.evaluation.samples.items()
+    ]
+    print("| re-ranking | queries | rank-1 | mAP |\n|---|---|---:|---:|")
+
+    def tell(name, queries, rerank):
+        found = []
+        for q, g, (query, gallery), protocol in trials:
+            ids = query.pids, gallery.pids, query.camids, gallery.camids
+            arrays = q.numpy(), g.numpy()
+            evaluate = {"sysu": eval_sysu, "regdb": eval_regdb, "llcm": eval_llcm}[protocol.rule]
+            cmc, mean_ap, _ = evaluate(
+                rerank(*arrays, query.pids), *ids[: 2 if protocol.rule == "regdb" else 4]
+            )
+            found.append((cmc[0], mean_ap))
+        numbers = " | ".join(f"{100 * x:.2f}" for x in np.mean(found, axis=0))
+        print(f"| {name} | {queries} | {numbers} |", flush=True)
+
+    tell("none", "", lambda q, g, pids: 1 - q @ g.T)
+    for name, alone in ONE_AT_A_TIME.items():
+        rerank = RERANKING[name]
+
+        def others(q, g, pids, rerank=rerank):
+            """Each query with the other persons' alone."""
+            kept = (np.flatnonzero((pids != pid) | (np.arange(len(q)) == k)) for k, pid in enumerate(pids))
+            return np.stack([rerank(q[rows], g)[rows == k][0] for k, rows in enumerate(kept)])
+
+        tell(name, "all", lambda q, g, pids, rerank=rerank: rerank(q, g))
+        tell(name, "none of the query's own person", others)
+        tell(name, "one at a time", lambda q, g, pids, alone=alone: alone(q, g))
+    tell("aim", "no matter", lambda q, g, pids: reranking_of(trials[0][3], "aim")(q, g))
+
+
 def main() -> None:
     """Print a table in Markdown; of a package that is missing, and why, on stderr."""
+    if len(sys.argv) > 1:
+        return shares(sys.argv[1:])
     print("| by | version | how | rank-1 | mAP |\n|---|---|---|---:|---:|")
     for who, how, measure in rows():
         name = who.partition(",")[0]
