@@ -5,7 +5,8 @@
 
 docs/comparing.md says which packages, and has the tables that this prints. The second command asks what
 re-ranking owes to the other queries, of a network's features that test.py --save-features wrote. Of a missing
-package a line says `not measured`. Files of packages are loaded one by one, unchanged: their own imports want much more.
+package a line says `not measured`. Files of packages are loaded one by one, unchanged: their own imports want
+much more.
 """
 
 import importlib.metadata
