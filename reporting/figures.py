@@ -56,6 +56,7 @@ def save(figure: Figure, folder: str | os.PathLike, name: str) -> list[Path]:
         with whole_file(path) as temporary:
             date = {"CreationDate": None} if path.suffix == ".pdf" else {}  # the same data, the same file
             figure.savefig(temporary, format=path.suffix[1:], dpi=200, metadata=date)
+        figure.set_layout_engine("none")  # all is where it belongs
     return paths
 
 

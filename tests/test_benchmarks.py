@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 import precision
-from benchmarks import extraction, limits, memory_and_loss, training_step
+from benchmarks import extraction, limits, memory_and_loss, timing, training_step
 from benchmarks.__main__ import COLUMNS, NAMES, duration, get_args_parser, main, table, target_met
 from benchmarks.workload import draw_sysu, training_of
 from utils import MODALITIES, UserError
@@ -67,6 +68,8 @@ def test_extraction_agrees_with_single_images(training, monkeypatch):
 
 def test_the_command_prints_one_table(monkeypatch, capsys):
     monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: False)  # which no benchmark compares first
+    context = warm.warm_context("1")  # instead of a new interpreter
+    monkeypatch.setattr(timing.multiprocessing, "get_context", lambda _: context)
     quick = ("reranking", "memory_and_loss", "embedding", "search", "preprocessing")
     main(get_args_parser().parse_args(["--quick", "--only", *quick, "--format", "markdown"]))
     heading, blank, columns, _, *rows = capsys.readouterr().out.splitlines()

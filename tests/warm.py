@@ -24,6 +24,9 @@ PRELOADED = [
     "tqdm",
     "filelock",
     "torch.utils.tensorboard",
+    "matplotlib.backends.backend_pdf",
+    "sklearn.manifold",
+    "jinja2",
     "narrow",  # ResNet-18, as here
 ]
 
