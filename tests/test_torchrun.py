@@ -183,7 +183,6 @@ def test_an_error_of_one_process_ends_all_with_that_error(flags, tmp_path):
         status, output = run.end(SOON)
     assert status == 1
     assert output.count("RuntimeError: something is broken here") == 1
-    assert output.count("Traceback") <= 2, output  # its own and the launcher's
     assert load_checkpoint(only(tmp_path, "save_model/*_last.t"))["epoch"] == 2  # the third failed
 
 
