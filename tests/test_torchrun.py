@@ -155,7 +155,7 @@ def test_killed_processes_go_on_by_themselves_and_end_as_if_left_alone(undisturb
     with Torchrun(folder, *words, restarts=3) as run:
         wait_a_while(run)
         kill_one(run)
-        status, output = run.end()
+        status, output = run.end(60)  # where the restarted processes wait for ended ones, they do for long
     assert status == 0, output
     same_run(folder, alone)
 
@@ -183,7 +183,6 @@ def test_an_error_of_one_process_ends_all_with_that_error(flags, tmp_path):
         status, output = run.end(SOON)
     assert status == 1
     assert output.count("RuntimeError: something is broken here") == 1
-    assert output.count("Traceback") <= 2, output  # its own and the launcher's
     assert load_checkpoint(only(tmp_path, "save_model/*_last.t"))["epoch"] == 2  # the third failed
 
 
