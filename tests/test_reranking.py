@@ -8,6 +8,8 @@ import torch
 from scipy.spatial.distance import cdist
 
 import reranking
+from evaluation import half_precision
+from evaluation import k_reciprocal as encoding
 from reranking import ONE_AT_A_TIME, RERANKING, affinity_inference, graph_propagation, k_reciprocal
 from tests.oracles import affinity_inference_loop, graph_propagation_loop, k_reciprocal_loop
 
@@ -29,11 +31,38 @@ def test_golden_k_reciprocal():
 def test_distances_are_rounded_to_half_precision_once():
     rng = np.random.default_rng(13)
     features = torch.from_numpy(unit(rng, 700, 64)).half()
-    squared, halves = reranking._distances(features)
+    steps = torch.randint(-1, 2, (300, 64), generator=torch.Generator().manual_seed(0))
+    features[:300] = features[300:600] + 2**-24 * steps  # so near that float16 has few digits for it
+    squared = torch.empty(700, 700)
+    halves, largest = half_precision.distances(features, squared)
     exact = cdist(features.numpy(), features.numpy())
     np.testing.assert_array_equal(halves, exact.astype(np.float16))
     np.testing.assert_allclose(squared, exact**2, rtol=1e-6, atol=1e-12)
-    assert (exact.astype(np.float32).astype(np.float16) != exact.astype(np.float16)).any()  # twice differs
+    np.testing.assert_array_equal(largest, squared.amax(1))
+    twice = exact.astype(np.float32).astype(np.float16) != exact.astype(np.float16)
+    assert (twice & (exact > 0.1)).any()
+    assert (exact[exact > 0] < 2**-14).any()
+
+
+def drawn_rows(rng, count):
+    """Rows of uint16 values: few or many different ones, sorted, reversed, as distances are, in waves."""
+    for _ in range(count):
+        num, values = rng.integers(1, 1500), rng.choice([1, 2, 5, 50, 400, 60000])
+        row = rng.integers(0, values, num)
+        yield from (row, np.sort(row), np.sort(row)[::-1], np.abs(np.arange(num) - num // 2) % values)
+        yield np.clip(values / 2 + values / 8 * rng.standard_normal(num), 0, values)
+
+
+def test_the_first_of_a_sort_are_those_of_the_whole_sort(monkeypatch):
+    rng = np.random.default_rng(14)
+    for row in drawn_rows(rng, 60):
+        monkeypatch.setattr(half_precision, "SHORT", int(rng.choice([16, 64, 500])))
+        size = int(rng.integers(1, min(len(row), 40) + 1))
+        row = np.ascontiguousarray(row, np.uint16)
+        expected = np.argsort(row)[:size]
+        np.testing.assert_array_equal(
+            half_precision.sort_rows(torch.from_numpy(row.view(np.float16))[None], size)[0], expected
+        )
 
 
 @pytest.mark.parametrize(("k1", "k2", "lambda_value"), [(20, 6, 0.3), (7, 1, 0.0), (5, 9, 1.0), (1, 1, 0.5)])
@@ -69,10 +98,14 @@ def test_k_reciprocal_in_small_steps(monkeypatch):
     rng = np.random.default_rng(11)
     features = unit(rng, 20, 8), unit(rng, 30, 8)
     expected = k_reciprocal(*features)
-    monkeypatch.setattr(reranking, "PAIRS", 1)
+    monkeypatch.setattr(encoding, "PAIRS", 1)
+    for module, name, size in (
+        (half_precision, "TILE", 7),
+        (half_precision, "SHORT", 16),
+        (encoding, "ROWS", 3),
+    ):
+        monkeypatch.setattr(module, name, size)
     np.testing.assert_array_equal(k_reciprocal(*features), expected)
-    monkeypatch.setattr(reranking, "SYMMETRIC", 7)  # products of another height may round otherwise
-    np.testing.assert_allclose(k_reciprocal(*features), expected, rtol=0, atol=1e-6)
 
 
 def people(seed, num_query, num_gallery, dim=16):
@@ -146,6 +179,16 @@ def test_k_reciprocal_one_query_at_a_time_is_a_call_for_each(k1, k2, lambda_valu
     np.testing.assert_array_equal(
         ONE_AT_A_TIME["k-reciprocal"](query, gallery, k1, k2, lambda_value), expected
     )
+
+
+def test_a_query_that_is_the_farthest_image_is_what_distances_are_divided_by():
+    """In half precision another divisor gives other ties: three queries are opposite to the gallery."""
+    features = unit(np.random.default_rng(15), 256, 64)
+    features[:, 0] += np.repeat([-1, 1], [3, 253])
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    features = features[:6].astype(np.float32), features[6:].astype(np.float32)
+    expected = single_calls(k_reciprocal, *features)
+    np.testing.assert_array_equal(ONE_AT_A_TIME["k-reciprocal"](*features), expected)
 
 
 @pytest.mark.parametrize("sizes", [(12, 90), (7, 3), (1, 1)])
