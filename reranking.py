@@ -12,7 +12,8 @@ import scipy  # its parts are imported when they are first used: scipy.sparse ta
 import torch
 
 from devices import Array, unit_features
-from evaluation.k_reciprocal import indicator, k_reciprocal, k_reciprocal_one_at_a_time, sparse
+from evaluation.k_reciprocal import indicator, k_reciprocal, sparse
+from evaluation.one_at_a_time import k_reciprocal_one_at_a_time
 
 BLOCK = 1024  # images whose similarities are computed at a time
 
@@ -93,7 +94,7 @@ def graph_propagation_one_at_a_time(
         similar = torch.cat([of_query.values[None], joined.values]).numpy()
         places = torch.cat([of_query.indices[None], ranking.gather(1, joined.indices)]).numpy()
         vectors = _propagated(similar, places, k2)
-        row.copy_(_products(vectors[:1], vectors[1:])[0])
+        row.copy_(torch.from_numpy((vectors @ vectors[0].toarray()[0])[1:]))
     return distmat.neg_() if isinstance(query_features, torch.Tensor) else distmat.neg_().numpy()
 
 

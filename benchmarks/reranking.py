@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 from benchmarks.timing import compare, row, run_alone, run_on_gpu
-from reranking import RERANKING, k_reciprocal
+from reranking import ONE_AT_A_TIME, RERANKING, k_reciprocal
 from tests.oracles import k_reciprocal_loop
 
 DIM = 2048
 SYSU, REGDB = (3803, 301), (2060, 2060)  # query and gallery images
+GALLERIES = (301, 2060, 3010)  # of SYSU-MM01, single-shot and multi-shot, and RegDB
 SIZES = (SYSU, (5955, 5954), (11129, 11129))  # 4,104 images, and as many as SYSU-MM01 trains on
 
 
@@ -22,6 +23,8 @@ def run(device: str = "cpu", quick: bool = False, sizes: Sequence[tuple[int, int
     """
     compared, sizes = ([(400, 100)], [(150, 50)]) if quick else ([SYSU, REGDB], sizes)
     rows = [] if device == "cuda" else [_compare(*size) for size in compared]  # the loops run on the CPU
+    galleries = () if device == "cuda" else (50,) if quick else GALLERIES
+    rows += [_alone(name, num_gallery) for num_gallery in galleries for name in ONE_AT_A_TIME]
     return rows + [_measure(name, *size, device) for size in sizes for name in RERANKING]
 
 
@@ -43,6 +46,20 @@ def _compare(num_query: int, num_gallery: int) -> dict:
     note = f"{memory[1]:,.0f} MB beyond the features, the loops {memory[0]:,.0f} MB"
     met = seconds[0] >= 20 * seconds[1] and memory[1] < memory[0] / 2
     return row(work, seconds, ">= 20 x, half the memory", note, met)
+
+
+def _alone(name: str, num_gallery: int) -> dict:
+    """A query's share of many that are re-ranked one at a time, against a call of its own."""
+    query, gallery = draw(41, num_gallery)
+
+    def several(first: int, last: int) -> np.ndarray:
+        return ONE_AT_A_TIME[name](query[first:last], gallery)
+
+    whole_s, set_up_s = compare(functools.partial(several, 0, 41), functools.partial(several, 40, 41), 3)
+    call_s, _ = compare(lambda: RERANKING[name](query[:1], gallery), lambda: None, 3)
+    work = f"{name} re-ranking, one query at a time, a query among {num_gallery:,} images"
+    note = f"a call of its own; {set_up_s:.2f} s for the gallery, once"
+    return row(work, (call_s, (whole_s - set_up_s) / 40), None, note)
 
 
 def _measure(name: str, num_query: int, num_gallery: int, device: str) -> dict:

@@ -1,4 +1,4 @@
-"""Re-ranking by k-reciprocal encoding, of all queries together or of one at a time.
+"""Re-ranking by k-reciprocal encoding, of all queries together.
 
 What is needed of the distances: where a query meets the gallery, all of them in float32; of all images the
 order of the nearest, in half precision, one modality at a time; and those of a few dozen pairs an image.
@@ -21,13 +21,10 @@ from evaluation.half_precision import (
     distances,
     distances_between,
     divisor,
-    least,
     nearest_in_half_precision,
     sizes_of,
     slices,
-    sort_rows,
     squared_lengths,
-    with_ties,
 )
 
 PAIRS = 2**19  # pairs of sparse entries compared at a time: 25 MB of temporaries
@@ -63,49 +60,6 @@ def k_reciprocal(
     distmat, largest, nearest = _rank(query, gallery, sizes_of(k1, k2, len(query) + len(gallery)))
     vectors = _vectors(nearest, largest, partial(_distances_of_pairs, query, gallery, distmat), k1, k2)
     _mix(distmat, largest[: len(query)], vectors, lambda_value)
-    return distmat if isinstance(query_features, torch.Tensor) else distmat.numpy()
-
-
-@torch.no_grad()
-def k_reciprocal_one_at_a_time(
-    query_features: Array,
-    gallery_features: Array,
-    k1: int = 20,
-    k2: int = 6,
-    lambda_value: float = 0.3,
-) -> Array:
-    """Re-rank as k_reciprocal does with each query alone: its arguments, and its values bit for bit.
-
-    The gallery's distances are computed and ranked once. A query joins the neighbours of the images that it
-    is near to; where it is the farthest image, a row gets another divisor. Rows with a tie are sorted anew,
-    since the order of the released code's sort depends on every value.
-    """
-    query, gallery = as_released(query_features), as_released(gallery_features)
-    num = 1 + len(gallery)
-    sizes = sizes_of(k1, k2, num)
-    everything = torch.zeros(num, num, device=gallery.device)  # squared distances; the query is image 0
-    squares, farthest = distances(gallery, everything[1:, 1:])
-    most = squares.mul_(squares).amax(1, keepdim=True)
-    values, ranking = least(squares, min(max(sizes) + 1, len(gallery)))
-    ranking = torch.cat([ranking.new_zeros(len(ranking), 1), ranking + 1], 1)
-    distmat = torch.empty(len(query), len(gallery), device=query.device)
-    for rows in torch.arange(len(query)).split(ROWS):
-        distmat[rows], rounded = distances_between(query[rows], gallery)
-        rounded = torch.nn.functional.pad(rounded * rounded, (1, 0))  # (n, 1 + G)
-        of_query = nearest_in_half_precision(rounded, sizes)
-        for k, row in enumerate(rows.tolist()):
-            here = rounded[k, 1:, None]
-            scale = divisor(torch.maximum(here, most))
-            ordered, places = (torch.cat([here, values], 1) / scale).float().sort(dim=1)
-            nearest = ranking.gather(1, places)[:, : max(sizes)].cpu().numpy()
-            if len(tied := with_ties(ordered, sizes)):
-                whole = torch.cat([here[tied], squares[tied]], 1) / scale[tied]
-                nearest[tied.cpu().numpy()] = sort_rows(whole, max(sizes))
-            nearest = np.concatenate([of_query[k : k + 1], nearest])
-            everything[0, 1:] = everything[1:, 0] = distmat[row]
-            largest = torch.maximum(everything[:, 0], torch.cat([distmat[row].amax()[None], farthest]))
-            vectors = _vectors(nearest, largest, lambda i, j: everything[i, j], k1, k2)
-            _mix(distmat[row : row + 1], largest[:1], vectors, lambda_value)
     return distmat if isinstance(query_features, torch.Tensor) else distmat.numpy()
 
 
@@ -193,29 +147,43 @@ def _vectors(
         k1, k2: sizes of neighbourhoods.
     """
     num = len(nearest)
-    # Sets of images are the rows of sparse 0/1 matrices (N, N): a product counts common members.
-    neighbours = _reciprocal(nearest[:, : k1 + 1])
-    close = _reciprocal(nearest[:, : round(k1 / 2) + 1])
-    common = neighbours @ close.T  # [i, j]: how many of j's close images are neighbours of i
-    agreeing = neighbours.multiply(common).tocsr()
-    agreeing.data = (agreeing.data > 2 / 3 * np.diff(close.indptr)[agreeing.indices]).astype(np.float32)
-    agreeing.eliminate_zeros()
-    expanded = (neighbours + agreeing @ close).tocoo()
-
-    weights = squared(expanded.row, expanded.col) / divisor(largest)[expanded.row]
-    weights = weights.neg_().exp_().cpu().numpy()
-    vectors = scipy.sparse.csr_matrix((weights, (expanded.row, expanded.col)), shape=(num, num))
-    total = vectors.sum(1).A1  # 0 for images that equal ones push out of all neighbourhoods
-    vectors = scipy.sparse.diags(1 / np.where(total > 0, total, 1)) @ vectors
+    neighbours, close = reciprocal(nearest[:, : k1 + 1]), reciprocal(nearest[:, : round(k1 / 2) + 1])
+    vectors = encoded(np.arange(num), neighbours, close, lambda i, j: squared(i, j) / divisor(largest)[i])
     if k2 > 1:  # with equal images, the nearest one may be another
         vectors = indicator(np.sort(nearest[:, :k2]), num) @ vectors / min(k2, num)
     return vectors
 
 
-def _reciprocal(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
+def reciprocal(nearest: np.ndarray) -> scipy.sparse.csr_matrix:
     """Return (N, N) with a 1 where i and j are among each other's nearest (N, k)."""
     among = indicator(np.sort(nearest), len(nearest))  # then results do not depend on topk's order
     return among.multiply(among.T).tocsr()
+
+
+def encoded(
+    images: np.ndarray,
+    neighbours: scipy.sparse.csr_matrix,
+    close: scipy.sparse.csr_matrix,
+    distances: Callable[[np.ndarray, np.ndarray], torch.Tensor],
+) -> scipy.sparse.csr_matrix:
+    """Return the vectors (n, N) of some images: exp(-distance) to their expanded neighbours, of sum 1.
+
+    Args:
+        images: (n,) which.
+        neighbours, close: (N, N) with a 1 for each k-reciprocal neighbour, of k1 and of half of it.
+        distances: gives the distances (P,) of images (P,) to images (P,).
+    """
+    # Sets of images are the rows of sparse 0/1 matrices: a product counts common members.
+    neighbours = neighbours[images]
+    common = neighbours @ close  # [i, j]: how many of j's close images are neighbours of i
+    agreeing = neighbours.multiply(common).tocsr()
+    agreeing.data = (agreeing.data > 2 / 3 * np.diff(close.indptr)[agreeing.indices]).astype(np.float32)
+    agreeing.eliminate_zeros()
+    expanded = (neighbours + agreeing @ close).tocoo()
+    weights = distances(images[expanded.row], expanded.col).neg_().exp_().cpu().numpy()
+    vectors = scipy.sparse.csr_matrix((weights, (expanded.row, expanded.col)), shape=expanded.shape)
+    total = vectors.sum(1).A1  # 0 for images that equal ones push out of all neighbourhoods
+    return scipy.sparse.diags(1 / np.where(total > 0, total, 1)) @ vectors
 
 
 def _mix(

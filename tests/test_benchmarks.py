@@ -77,10 +77,8 @@ def test_the_command_prints_one_table(monkeypatch, capsys):
     assert blank == ""
     assert columns == f"| {' | '.join(COLUMNS)} |"
     works = [
-        "k-reciprocal",
-        "k-reciprocal",
-        "aim",
-        "gnn",
+        *("k-reciprocal", "k-reciprocal", "gnn"),
+        *("k-reciprocal", "aim", "gnn"),
         "memories",
         "embedding",
         *["exact"] * 5,

@@ -13,9 +13,9 @@ LIBRARY = (  # each may import those before it
     "utils", "devices", "readers.formats", "images", "augmentation", "readers", "readers.lists",
     "readers.samples", "readers.sysu", "readers.regdb", "readers.llcm", "readers.own", "readers.ranges",
     "readers.arrays", "data_manager", "checkpoints", "data_loader", "memory", "loss", "model", "precision",
-    "evaluation.half_precision", "evaluation.k_reciprocal", "reranking", "evaluation.counting",
-    "eval_metrics", "evaluation", "engine", "retrieval", "reporting", "synthetic.scenes", "synthetic.people",
-    "synthetic", "tools.commands",
+    "evaluation.half_precision", "evaluation.k_reciprocal", "evaluation.one_at_a_time", "reranking",
+    "evaluation.counting", "eval_metrics", "evaluation", "engine", "retrieval", "reporting",
+    "synthetic.scenes", "synthetic.people", "synthetic", "tools.commands",
 )  # fmt: skip
 COMMANDS = {"train", "test", "pre_process_sysu", "demo", "hubconf", "tools", "synthetic.__main__"}
 WITHOUT_TORCH = ("utils", "images", "readers.lists", "readers.own", "data_manager", "synthetic")
