@@ -12,7 +12,7 @@ import torch
 
 from devices import Array, unit_features
 
-TILE = 512  # images on each side of a product of features
+TILE = 1024  # images on each side of a product of features
 ROWS = 96  # images whose neighbours are found at a time
 SHORT = 4096  # images whose order is found as quickly by a whole sort
 
@@ -49,7 +49,7 @@ def distances(
     num = len(features)
     halves = features.new_empty(num, num)
     largest = torch.zeros(num, device=features.device)
-    for wide in slices(num, 8 * TILE):  # float64 for all images at once would be as large as halves
+    for wide in slices(num, 4 * TILE):  # float64 for all images at once would be as large as halves
         columns = _with_lengths(features[wide])
         for here in slices(wide.stop, TILE):
             rows = _turned(_with_lengths(features[here]))

@@ -111,7 +111,7 @@ def _distances_of_pairs(
         (gallery, len(query), first >= len(query)),
     ):
         lengths, images = squared_lengths(images), images.float()
-        for some in np.array_split(chosen.nonzero()[0], 1 + chosen.sum() // 256):
+        for some in np.array_split(chosen.nonzero()[0], 1 + chosen.sum() // 1024):
             i, j = (torch.from_numpy(side[some] - start).to(images.device) for side in (first, last))
             products = (images[i] * images[j]).sum(1, dtype=torch.float64)  # exact, each also in float32
             found[some] = (lengths[i] + lengths[j] - 2 * products).float()
