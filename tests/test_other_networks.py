@@ -177,20 +177,10 @@ def test_the_size_is_as_typed_or_the_family_s_and_said(family, released, caplog)
 def test_every_command_reads_agw_s_files(family, sysu, tmp_path):
     paths = draw_images(tmp_path / "in", 2)
     sizes = "--img-h", "32", "--img-w", "16", "--gpu", "-1", "--amp", "off"
+    network = "--resume", family["base"], "--data-path", sysu, *sizes
     for words in (
-        [
-            "test.py",
-            "--resume",
-            family["base"],
-            "--data-path",
-            sysu,
-            "--trial",
-            "0",
-            "--dataset",
-            "sysu",
-            *sizes,
-        ],
-        ["tools.report", "--resume", family["base"], "--data-path", sysu, "--output", "page", *sizes],
+        ("test.py", *network, "--trial", "0", "--dataset", "sysu"),
+        ("tools.report", *network, "--output", "page", "--figures", "cmc"),
     ):
         done = run_script(*words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
