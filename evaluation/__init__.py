@@ -1,7 +1,8 @@
 """Features in, numbers out: each file does one thing, and below it are only files that stand above it here.
 
     half_precision.py  distances and neighbours as the released code's re-ranking has them
-    k_reciprocal.py    that re-ranking (both below reranking.py)
+    k_reciprocal.py    that re-ranking, of all queries together
+    one_at_a_time.py   and of each query with the gallery alone (these three stand below reranking.py)
     counting.py     how many images are nearer than a match, in blocks of distances (below eval_metrics.py)
     intervals.py    mAP and rank-1 without each person: a Jackknife, its 95 % interval, paired differences
     protocols.py    Protocol, and Evaluation: who is searched where in each trial; every image once
