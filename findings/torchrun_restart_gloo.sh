@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torch 2.14.1: torchrun --max-restarts with gloo does not survive the loss of one process.
+# torch 2.14.1: torchrun --max-restarts with gloo spends several restarts on the loss of one process, or all.
 #
 # The launcher keeps its store over the attempts, and init_process_group("gloo") publishes addresses in it under the
 # same names in every attempt. The processes of the next attempt read the former one's addresses: they fail to
@@ -7,9 +7,10 @@
 # (distributed/rendezvous.py) says that every retry has a new store; torchrun --standalone does not make one.
 # A cure: a PrefixStore with TORCHELASTIC_RESTART_COUNT, as below.
 #
-# Seen (two processes, of which one is killed once in attempt 0; --max-restarts 3):
+# Seen (two processes, of which one is killed once in attempt 0; --max-restarts 3), in two runs:
 #   as documented: exit status 124, "Connection refused" True, finished in no attempt
-#   with a PrefixStore: exit status 0, "Connection refused" False, finished in attempt 1
+#   as documented: exit status 0, "Connection refused" True, finished in attempt 2
+#   with a PrefixStore: exit status 0, "Connection refused" False, finished in attempt 1 (in both)
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -48,9 +49,10 @@ seen = {}
 for mode, words in (("plain", "as documented"), ("prefix", "with a PrefixStore")):
     log, status = Path(f"{mode}.log").read_text(), int(Path(f"{mode}.status").read_text())
     finished = re.findall(r"finished in attempt (\d)", log)
-    seen[mode] = status != 0, "Connection refused" in log, finished
-    print(f'{words}: exit status {status}, "Connection refused" {seen[mode][1]}, finished in', end=" ")
+    seen[mode] = "Connection refused" in log, finished
+    print(f'{words}: exit status {status}, "Connection refused" {seen[mode][0]}, finished in', end=" ")
     print(f"attempt {finished[0]}" if finished else "no attempt")
-assert seen["plain"] == (True, True, []), "torchrun's restarts behave otherwise now"
-assert seen["prefix"] == (False, False, ["1"])
+refused, finished = seen["plain"]
+assert refused and finished != ["1"], "torchrun's restarts behave otherwise now"
+assert seen["prefix"] == (False, ["1"])
 PY
