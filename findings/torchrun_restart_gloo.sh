@@ -7,10 +7,11 @@
 # (distributed/rendezvous.py) says that every retry has a new store; torchrun --standalone does not make one.
 # A cure: a PrefixStore with TORCHELASTIC_RESTART_COUNT, as below.
 #
-# Seen (two processes, of which one is killed once in attempt 0; --max-restarts 3), in two runs:
+# Seen (two processes, of which one is killed once in attempt 0; --max-restarts 3), in three runs:
 #   as documented: exit status 124, "Connection refused" True, finished in no attempt
 #   as documented: exit status 0, "Connection refused" True, finished in attempt 2
-#   with a PrefixStore: exit status 0, "Connection refused" False, finished in attempt 1 (in both)
+#   as documented: exit status 1, "Connection refused" True, finished in no attempt
+#   with a PrefixStore: exit status 0, "Connection refused" False, finished in attempt 1 (in all)
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
