@@ -51,9 +51,9 @@ def run_words(words, cwd, paths):
     if words[0] == "-m":
         sys.path[:], sys.argv = [cwd, *added, *paths], words[1:]
         if words[1] == "torch.distributed.run":
-            from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+            from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-            subprocess_handler.Popen = functools.partial(Fork, paths)
+            SubprocessHandler._popen = lambda self, args, env: Fork(paths, args, env)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     else:
         sys.path[:], sys.argv = [str(Path(words[0]).parent), *added, *paths], words
@@ -96,7 +96,7 @@ class Started:
 class Fork(Started):
     """A process that torchrun starts, as a fork of torchrun's."""
 
-    def __init__(self, paths, args, env, **_):
+    def __init__(self, paths, args, env):
         words = [word for word in args[1:] if word != "-u"]  # the output is not buffered anyway
         process = multiprocessing.get_context("fork").Process(target=self.be, args=(words, env, paths))
         process.start()
