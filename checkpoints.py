@@ -233,8 +233,9 @@ def read_torch_file(path: str | os.PathLike) -> object:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
         reason = "it is not a complete file of torch.save"
         if refused := re.search(r"unsupported global:? (?:global )?([\w.]+)", str(error), re.IGNORECASE):
+            name = refused[1].removeprefix("builtins.")  # as torch 2.6 says it
             reason = (
-                f"it holds {refused[1]}, which is no plain data (code is never run); "
+                f"it holds {name}, which is no plain data (code is never run); "
                 "where it was written, save the network's state_dict() instead"
             )
         raise UserError(f"{path} is refused: {reason}") from error
