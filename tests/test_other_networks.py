@@ -180,7 +180,7 @@ def test_every_command_reads_agw_s_files(family, sysu, tmp_path):
     network = "--resume", family["base"], "--data-path", sysu, *sizes
     for words in (
         ("test.py", *network, "--trial", "0", "--dataset", "sysu"),
-        ("tools.report", *network, "--output", "page", "--figures", "cmc"),
+        ("tools.report", *network, "--output", "page"),
     ):
         done = run_script(*words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr

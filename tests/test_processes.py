@@ -129,7 +129,7 @@ def work(number, ports, root, folder):
             training = build(root, processes)
             freeze(training.model)
             results["frozen statistics"] = some_steps(training, 5)
-            results["statistics of all"] = some_steps(build(root, processes), 1)
+            results["statistics of all"] = some_steps(build(root, processes), 2)
             for loss in LOSSES[1:]:
                 results[loss] = some_steps(build(root, processes, "--loss", loss), 1)
             torch.set_default_dtype(torch.float32)

@@ -211,6 +211,21 @@ def test_gnn_one_query_at_a_time_is_a_call_for_each(sizes, k1, k2):
     np.testing.assert_allclose(ONE_AT_A_TIME["gnn"](*features, k1, k2), expected, atol=1e-5)
 
 
+def test_one_query_at_a_time_differs_from_a_call_only_where_half_precision_has_ties():
+    query, gallery = (torch.from_numpy(each) for each in people(15, 40, 30, 64))
+    found, same, tied = ONE_AT_A_TIME["k-reciprocal"](query, gallery, 6, 3), [], []
+    for k in range(len(query)):
+        roots, _ = half_precision.distances(
+            half_precision.as_released(torch.cat([query[k : k + 1], gallery]))
+        )
+        squares = roots * roots
+        ordered = (squares / half_precision.divisor(squares.amax(1, keepdim=True))).float().sort(1).values
+        tied.append(len(half_precision.with_ties(ordered, half_precision.sizes_of(6, 3, 31))) > 0)
+        same.append((found[k] - k_reciprocal(query[k : k + 1], gallery, 6, 3)[0]).abs().max() < 2e-6)
+    assert all(equal or tie for equal, tie in zip(same, tied, strict=True))
+    assert sum(tied) < len(tied)  # else nothing was compared
+
+
 @pytest.mark.parametrize(("num_query", "num_gallery"), [(1, 1), (3, 1), (5, 8), (4, 21)])
 def test_one_query_at_a_time_with_fewer_images_than_neighbours(num_query, num_gallery, monkeypatch):
     features = people(8, num_query, num_gallery)
