@@ -35,7 +35,7 @@ def generator(seed: int, epoch: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng([seed, epoch, _PURPOSES.index(purpose)])
 
 
-class IdentityBatches:
+class IdentitySampler:
     """Choose the images of each step of an epoch (docs/method.md, section 2); len() is the number of steps.
 
     Every process draws the whole batch and takes its share, so that the number of processes changes no draw:
@@ -133,7 +133,7 @@ class TrainLoader:
 
     Args:
         images: {"visible": (N, H, W, 3) uint8, "infrared": (M, H, W, 3) uint8}.
-        batches: the images of each step, all labels, and the seed, which is that of all other draws too.
+        sampler: the images of each step, all labels, and the seed, which is that of all other draws too.
         recipe: the augmentation, "sysu" or "regdb".
         device: where batches are augmented and used.
         cache: where the images are kept: "device"; "host", this process's memory; "disk", memory-mapped, so
@@ -149,15 +149,15 @@ class TrainLoader:
     def __init__(
         self,
         images: dict[str, np.ndarray],
-        batches: IdentityBatches,
+        sampler: IdentitySampler,
         recipe: str,
         device: torch.device,
         cache: str = "auto",
         pad: int = PAD,
         modalities: Sequence[str] = MODALITIES,
     ):
-        self.batches, self.recipe, self.device = batches, recipe, device
-        self.labels, self.seed = batches.labels, batches.seed
+        self.sampler, self.recipe, self.device = sampler, recipe, device
+        self.labels, self.seed = sampler.labels, sampler.seed
         self.height, self.width = images["visible"].shape[1:3]
         self.pad, self.modalities = pad, modalities
         self.wait_seconds = 0.0  # time that the last epoch waited for input
@@ -200,7 +200,7 @@ class TrainLoader:
         """
         stored = "infrared" if modality == "infrared" else "visible"
         labels = self.labels[stored]
-        rows = np.flatnonzero(labels >= 0)[self.batches.rank :: self.batches.world_size]
+        rows = np.flatnonzero(labels >= 0)[self.sampler.rank :: self.sampler.world_size]
         channels = None
         if modality == "aux":
             channels = generator(self.seed, epoch, "memory").integers(3, size=len(labels))
@@ -221,8 +221,8 @@ class TrainLoader:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Draws]]]:
         """Yield (labels, visible, infrared, {modality: draws}) for every step; pixels as _read has them."""
         rng = generator(self.seed, epoch, "augmentation")
-        whole, mine, size = self.batches.whole, self.batches.mine, (self.height, self.width)
-        for labels, visible, infrared in self.batches.epoch(epoch):
+        whole, mine, size = self.sampler.whole, self.sampler.mine, (self.height, self.width)
+        for labels, visible, infrared in self.sampler.epoch(epoch):
             # Draw for aux even if it is not used, so that --no-aux changes no other modality.
             draws = {
                 modality: draw_augmentation(rng, whole, *size, modality, self.recipe, self.pad).rows(mine)

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # before torch is imported, which takes long from a 
 import contextlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -211,7 +211,7 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
     device, dtype, processes = training.device, training.dtype, training.processes
     network.train()
     watch = Watch(training, batches, epoch)
-    for images, labels in watch.bar:
+    for images, labels in watch:
         # One pass through the trunk, so that its batch norms see all 3n images. The aux images are made from
         # visible images, so they go through the visible stem.
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -237,11 +237,11 @@ def train_one_epoch(training: Training, batches: Batches, epoch: int) -> torch.T
 
 
 class Watch:
-    """Keeps the losses of an epoch's steps on the device, and looks at them, and tells of them, now and then.
+    """Yields an epoch's batches, keeps its losses on the device, and looks at and tells of them now and then.
 
     Args:
         training: the run.
-        batches: of the epoch; the attribute bar yields them, and shows on a terminal how far the epoch is.
+        batches: of the epoch; a terminal shows how many are done.
         epoch: counted from 0.
     """
 
@@ -249,8 +249,11 @@ class Watch:
         self.training, self.epoch, self.names = training, epoch, tuple(training.loss.weights)
         self.history = []  # the losses of each step, on the device
         self.began = self.spoke = time.perf_counter()
-        steps = len(training.loader.batches)
+        steps = len(training.loader.sampler)
         self.bar = tqdm(batches, f"epoch {epoch + 1}", steps, leave=False, disable=None)
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        return iter(self.bar)
 
     def add(self, total: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
         """Take the losses of a step, in the mean over processes; see losses for what it may raise."""
@@ -302,7 +305,7 @@ def refuse_non_finite_weights(model: torch.nn.Module, epoch: int) -> None:
 def check(training: Training, test_images: TestImages) -> None:
     """Try a few steps and one evaluation batch and log their time and memory; writes no files."""
     bank, loader, device = training.bank, training.loader, training.device
-    classes, dim = loader.batches.classes, training.model.dim
+    classes, dim = loader.sampler.classes, training.model.dim
     bank.reset({modality: torch.randn(classes, dim, device=device) for modality in loader.modalities})
     seconds = []
     for step in islice(loader.epoch(0), 3):

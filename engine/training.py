@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import data_manager
-from data_loader import IdentityBatches, TrainLoader
+from data_loader import IdentitySampler, TrainLoader
 from data_manager import DATASETS
 from devices import Processes, seed_globally, select_device
 from engine.distributed import distribute
@@ -137,7 +137,7 @@ class Training:
             "network": f"{args.arch}, {args.stem} stem, {millions:.1f} million weights, from {args.weights}",
             "device": f"{device.type} ({name}), {precision}, {self.processes.world_size} process(es)",
             "a step": f"{args.batch_size} identities x {args.num_pos} images x {modalities} in each process, "
-            f"{self.images_per_step} images in all; an epoch: {len(self.loader.batches)} steps",
+            f"{self.images_per_step} images in all; an epoch: {len(self.loader.sampler)} steps",
             "evaluation": f"{protocol_of(args).title}; the result: {SELECTION[args.select]}",
         }
 
@@ -231,7 +231,7 @@ def build_loss(
         device: where both live.
         processes: that share a batch.
     """
-    num_classes, weights = loader.batches.classes, loss_weights(args)
+    num_classes, weights = loader.sampler.classes, loss_weights(args)
     if args.loss != "mce":
         baseline = Baseline(args.loss, num_classes, dim, weights, args.margin, processes)
         return NoMemory(), baseline.to(device)
@@ -266,15 +266,15 @@ def build_loader(
     arrays, labels = load_training_data(args, root)
     if processes.rank == 0:
         processes.barrier()
-    batches = IdentityBatches(
+    sampler = IdentitySampler(
         labels, args.batch_size, args.num_pos, args.seed, processes.rank, processes.world_size
     )
     recipe = DATASETS[args.dataset].recipe
     modalities = [modality for modality in MODALITIES if not (args.no_aux and modality == "aux")]
-    loader = TrainLoader(arrays.images, batches, recipe, device, args.cache, args.pad, modalities)
+    loader = TrainLoader(arrays.images, sampler, recipe, device, args.cache, args.pad, modalities)
     counts = ", ".join(f"{(array >= 0).sum()} {modality}" for modality, array in labels.items())
     size, digits = f"{loader.height}x{loader.width}", (arrays.fingerprint or "of unknown origin")[:16]
-    data = f"training data: {batches.classes} identities, {counts} images of {size}, {digits}"
+    data = f"training data: {sampler.classes} identities, {counts} images of {size}, {digits}"
     pixel_range = arrays.pixel_range and list(arrays.pixel_range)
     return argparse.Namespace(**vars(args) | {"pixel_range": pixel_range}), loader, data
 

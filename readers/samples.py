@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ def make_samples(paths: Sequence[str], pids: Sequence, camids: Sequence, modalit
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(ABC):
     """A dataset: the facts that training and evaluation use as defaults (docs/method.md), and its reader.
 
     Every method reads the folder root, and raises UserError where that has not what the dataset should have.
@@ -73,11 +74,11 @@ class Dataset:
         """The modality of a mode's gallery."""
         return "infrared" if self.query_modality[mode] == "visible" else "visible"
 
+    @abstractmethod
     def read(
         self, root: str | os.PathLike, split: str, trial: int | None, problems: list[str] | None = None
     ) -> dict[str, Samples]:
         """Every image of a split, by modality, without modalities that have none; problems: see refuse."""
-        raise NotImplementedError
 
     def train(self, root: str | os.PathLike, trial: int | None, split: str) -> dict[str, Samples]:
         """The training images of both modalities, which have the same pids."""
@@ -103,7 +104,7 @@ class Dataset:
         """The gallery of a mode and trial; short: where an (id, camera) has fewer images than shot, all."""
         return self.test(root, self.gallery_modality(mode), trial, split)
 
-    def refuse_shared(self, root: str | os.PathLike, trial: int | None, split: str) -> None:
+    def refuse_shared(self, root: str | os.PathLike, trial: int | None, split: str) -> None:  # noqa: B027
         """Refuse images or identities that the files of the splits list for training and for testing."""
 
     def trained(self, split: str) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ def plain_tables(training: Training, model: torch.nn.Module, epoch: int) -> dict
             images = torch.stack([image[[k, k, k]] for image, k in zip(images, channels, strict=True)])
         features[modality] = plain_mce.unit(model(**{stored: images}))
         labels[modality] = torch.from_numpy(loader.labels[stored])
-    return plain_mce.reset(features, labels, loader.batches.classes)
+    return plain_mce.reset(features, labels, loader.sampler.classes)
 
 
 def tables(training: Training) -> dict[str, torch.Tensor]:

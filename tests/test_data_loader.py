@@ -10,7 +10,7 @@ from conftest import draw_images
 
 import data_loader
 from augmentation import augment, draw_augmentation, normalize
-from data_loader import IdentityBatches, TrainLoader, evaluation_batches, read_ahead
+from data_loader import IdentitySampler, TrainLoader, evaluation_batches, read_ahead
 from images import UnreadableImages, decode
 from utils import UserError
 
@@ -27,9 +27,9 @@ MANY = {
 
 @pytest.mark.parametrize(("batch_size", "num_pos"), [(1, 1), (5, 4), (12, 3)])
 def test_batches_are_of_distinct_identities(batch_size, num_pos):
-    batches = IdentityBatches(MANY, batch_size, num_pos, seed=3)
-    steps = list(batches.epoch(0))
-    assert len(steps) == len(batches) == 78 // (batch_size * num_pos) + 1
+    sampler = IdentitySampler(MANY, batch_size, num_pos, seed=3)
+    steps = list(sampler.epoch(0))
+    assert len(steps) == len(sampler) == 78 // (batch_size * num_pos) + 1
     for labels, visible, infrared in steps:
         assert len(np.unique(labels)) == batch_size
         np.testing.assert_array_equal(labels, labels[::num_pos].repeat(num_pos))
@@ -39,12 +39,12 @@ def test_batches_are_of_distinct_identities(batch_size, num_pos):
 
 def test_sysu_has_696_steps():
     labels = {"visible": np.arange(22258) % 395, "infrared": np.arange(11909) % 395}
-    assert len(IdentityBatches(labels, 8, 4, seed=0)) == 696
+    assert len(IdentitySampler(labels, 8, 4, seed=0)) == 696
 
 
 def test_images_are_drawn_with_replacement_and_all_of_them_are():
-    batches = IdentityBatches(MANY, 12, 8, seed=0)
-    rows = np.stack([visible for epoch in range(200) for _, visible, _ in batches.epoch(epoch)])
+    sampler = IdentitySampler(MANY, 12, 8, seed=0)
+    rows = np.stack([visible for epoch in range(200) for _, visible, _ in sampler.epoch(epoch)])
     counts = np.bincount(rows.ravel(), minlength=78)
     expected = rows.size / 12 / np.bincount(MANY["visible"])[MANY["visible"]]
     np.testing.assert_allclose(counts / expected, 1, atol=0.35)
@@ -53,7 +53,7 @@ def test_images_are_drawn_with_replacement_and_all_of_them_are():
 
 def test_an_epoch_is_a_function_of_seed_and_epoch():
     def epoch(seed, number):
-        return np.stack([np.concatenate(step) for step in IdentityBatches(MANY, 4, 2, seed).epoch(number)])
+        return np.stack([np.concatenate(step) for step in IdentitySampler(MANY, 4, 2, seed).epoch(number)])
 
     np.testing.assert_array_equal(epoch(1, 5), epoch(1, 5))
     assert (epoch(1, 5) != epoch(1, 6)).any()
@@ -61,12 +61,12 @@ def test_an_epoch_is_a_function_of_seed_and_epoch():
 
 
 def test_processes_share_the_batch_that_one_would_draw():
-    parts = [IdentityBatches(MANY, 4, 2, seed=0, rank=rank, world_size=3) for rank in range(3)]
+    parts = [IdentitySampler(MANY, 4, 2, seed=0, rank=rank, world_size=3) for rank in range(3)]
     assert [len(part) for part in parts] == [78 // 24 + 1] * 3
     for steps in zip(*(part.epoch(2) for part in parts), strict=True):
         assert len(np.unique(np.concatenate([labels for labels, _, _ in steps]))) == 12
     for whole, *steps in zip(
-        IdentityBatches(MANY, 12, 2, seed=0).epoch(2), *(p.epoch(2) for p in parts), strict=True
+        IdentitySampler(MANY, 12, 2, seed=0).epoch(2), *(p.epoch(2) for p in parts), strict=True
     ):
         for column, shares in zip(whole, zip(*steps, strict=True), strict=True):
             np.testing.assert_array_equal(np.concatenate(shares), column)
@@ -74,9 +74,9 @@ def test_processes_share_the_batch_that_one_would_draw():
 
 def test_too_many_identities_are_refused():
     with pytest.raises(UserError, match=r"--batch-size 13: .* 12 training identities"):
-        IdentityBatches(MANY, 13, 1, seed=0)
+        IdentitySampler(MANY, 13, 1, seed=0)
     with pytest.raises(UserError, match="--batch-size 5 in each of 3 processes"):
-        IdentityBatches(MANY, 5, 1, seed=0, world_size=3)
+        IdentitySampler(MANY, 5, 1, seed=0, world_size=3)
 
 
 # --- loaders
@@ -92,9 +92,9 @@ def stored(tmp_path):
     return images
 
 
-def make_loader(stored, cache="auto", **batches):
-    identity_batches = IdentityBatches(MANY, 4, 2, 7, **batches)
-    return TrainLoader(stored, identity_batches, "sysu", CPU, cache)
+def make_loader(stored, cache="auto", **shares):
+    sampler = IdentitySampler(MANY, 4, 2, 7, **shares)
+    return TrainLoader(stored, sampler, "sysu", CPU, cache)
 
 
 def test_an_epoch_is_the_same_with_every_cache(stored):
@@ -108,21 +108,21 @@ def test_an_epoch_is_the_same_with_every_cache(stored):
 
 def test_pixels_stay_on_the_disk_where_a_gpu_has_no_room_for_them(stored, monkeypatch):
     size = sum(part.nbytes for part in stored.values())
-    batches = IdentityBatches(MANY, 4, 2, 7)
+    sampler = IdentitySampler(MANY, 4, 2, 7)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * size - 3, 10 * size))
-    assert TrainLoader(stored, batches, "sysu", torch.device("cuda", 0)).cache == "disk"
+    assert TrainLoader(stored, sampler, "sysu", torch.device("cuda", 0)).cache == "disk"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size - 1, 10 * size))
     with pytest.raises(UserError, match="--cache device: the images need"):
-        TrainLoader(stored, batches, "sysu", torch.device("cuda", 0), "device")
+        TrainLoader(stored, sampler, "sysu", torch.device("cuda", 0), "device")
 
 
 def test_an_epoch_yields_the_drawn_images_augmented(stored):
     loader = make_loader(stored)
     assert loader.cache == "disk"  # on the CPU the page cache does the rest
     steps = list(loader.epoch(2))
-    assert len(steps) == len(loader.batches)
+    assert len(steps) == len(loader.sampler)
     rng = data_loader.generator(7, 2, "augmentation")
-    for (images, labels), (expected, visible, infrared) in zip(steps, loader.batches.epoch(2), strict=True):
+    for (images, labels), (expected, visible, infrared) in zip(steps, loader.sampler.epoch(2), strict=True):
         np.testing.assert_array_equal(labels, expected)
         rows = {"visible": visible, "infrared": infrared, "aux": visible}
         for modality, part in rows.items():
@@ -134,7 +134,7 @@ def test_an_epoch_yields_the_drawn_images_augmented(stored):
 
 
 def test_processes_share_the_augmented_images_that_one_would_have(stored):
-    whole = next(TrainLoader(stored, IdentityBatches(MANY, 12, 2, 7), "sysu", CPU).epoch(1))
+    whole = next(TrainLoader(stored, IdentitySampler(MANY, 12, 2, 7), "sysu", CPU).epoch(1))
     shares = [next(make_loader(stored, rank=rank, world_size=3).epoch(1)) for rank in range(3)]
     for modality, images in whole[0].items():
         assert torch.equal(torch.cat([own[modality] for own, _ in shares]), images)

@@ -152,7 +152,7 @@ def epochs(sysu, tmp_path_factory):
     """Five epochs of one step each: the training, and {epoch: what was saved after it}, from 0 on."""
     schedule = ["--epochs", 5, "--warmup-epochs", 2, "--decay-epochs", 2, 4]
     training = start_training(sysu, "--batch-size", 8, "--num-pos", 8, "--select", "last", *schedule)
-    assert len(training.loader.batches) == 1
+    assert len(training.loader.sampler) == 1
     run = KeptRun(tmp_path_factory.mktemp("kept"), training)
     progress = Progress()
     run.save(training.state() | progress.state())

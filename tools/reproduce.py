@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from data_loader import IdentityBatches
+from data_loader import IdentitySampler
 from data_manager import DATASETS, Samples, class_labels, train_samples
 from engine.settings import parse_args
 from model import STEMS
@@ -124,7 +124,7 @@ def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: arg
         settings = parse_args(["--dataset", dataset, *extra])
         samples = train_samples(dataset, Path(args.data_path, dataset), 1 if dataset == "regdb" else None)
         images = embedded(samples)
-        batches = IdentityBatches(class_labels(samples), settings.batch_size, settings.num_pos, 0)
+        sampler = IdentitySampler(class_labels(samples), settings.batch_size, settings.num_pos, 0)
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder, dataset)
             people = ("--identities", 2 * settings.batch_size, "--test-identities", 2, "--images", 1)
@@ -142,7 +142,7 @@ def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: arg
             checkpoints = sum(path.stat().st_size for path in Path(folder).glob("timing*.t"))
             few = embedded(train_samples(dataset, root, 1 if dataset == "regdb" else None))
         step, image = record["seconds"]["steps"] / record["steps"], record["seconds"]["memory"] / few
-        epoch = len(batches) * step + images * image
+        epoch = len(sampler) * step + images * image
         memory = ", ".join(
             f"memory of the {name}: at most {peak:.1f} GB" for name, peak in record["gigabytes"].items()
         )
@@ -152,7 +152,7 @@ def estimate(missing: dict[str, tuple[object, ...]], extra: list[str], args: arg
         )
         hours, size = hours + own, size + (arrays + len(runs) * splits * checkpoints) / 1e9
         print(
-            f"{dataset}: {len(runs) * splits} trainings, {settings.epochs} epochs of {len(batches)} steps of "
+            f"{dataset}: {len(runs) * splits} trainings, {settings.epochs} epochs of {len(sampler)} steps of "
             f"{step:.2f} s: {own:.1f} h; {memory}"
         )
     print(
