@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,6 +60,18 @@ def write_rows(folder, parts):
 def unit(number, dim=DIM, seed=7):
     queries = torch.randn(number, dim, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.normalize(queries)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells which pages are mapped")
+def test_pages_of_the_rows_are_given_back(tmp_path):
+    rows = write_embeddings(tmp_path, [4000, 4000])
+    gallery = Embeddings(tmp_path)
+    _, positions = nearest(torch.from_numpy(rows[::800]), gallery, 3)
+    np.testing.assert_array_equal(positions[:, 0], np.arange(0, 8000, 800))
+    held = re.findall(
+        rf"{tmp_path}/\S+\.npy\n(?:\w+:.*\n)*?Rss: +(\d+) kB", Path("/proc/self/smaps").read_text()
+    )
+    assert held == ["0", "0"]  # both are open, for the next search
 
 
 def drop(folder, shard, lines):
