@@ -1,0 +1,65 @@
+"""How often 95 % intervals of mAP hold the true value, by what is taken for the sample: docs/how-sure.md.
+
+    python -m tests.interval_coverage [--populations 1000]
+
+Test sets of SYSU-MM01's and RegDB's sizes are drawn anew, persons included, so that the mean over all of
+them is the true value. In a crowded one everybody's queries share a direction, as images of another modality
+do, and a gallery person lies in it more or less: some are near every query.
+"""
+
+import argparse
+
+import numpy as np
+
+from eval_metrics import Trial
+from evaluation.intervals import MEASURES, evaluate_with_jackknife
+from tests.test_intervals import coverage, population, unit
+
+SIZES = {  # persons, queries and gallery images of each
+    "96 persons, 3,840 queries, 288 gallery images": (96, 40, 3),
+    "206 persons, 2,060 queries and gallery images": (206, 10, 10),
+}
+KINDS = {"of middling likeness": False, "crowded": True}
+
+
+def crowded(rng: np.random.Generator, trial: Trial, dim: int) -> Trial:
+    """trial, its queries and some of its gallery persons moved to a direction of their own."""
+    direction = unit(rng.standard_normal(dim))
+    near = rng.exponential(0.5, trial.g_pids.max() + 1)[trial.g_pids, None]
+    return trial._replace(
+        query_features=unit(trial.query_features + direction),
+        gallery_features=unit(trial.gallery_features + near * direction),
+    )
+
+
+def intervals(trial: Trial) -> list[tuple[float, float]]:
+    """(mAP, half-width) of three estimators of one test set."""
+    values, own = evaluate_with_jackknife(trial, "regdb")
+    value, error = own.whole[0], values.ap.std(ddof=1) / len(values.ap) ** 0.5
+    each = [own.interval(MEASURES[0], gallery=gallery)[:2] for gallery in (False, True)]
+    return [(value, 1.96 * error), *each]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--populations", type=int, default=1000, help="test sets of each kind (1000)")
+    number, dim = parser.parse_args().populations, 24
+    print("| test set | persons | per query | per person, gallery kept | **per person** |")
+    print("|---|---|---:|---:|---:|")
+    for size, shape in SIZES.items():
+        for kind, is_crowded in KINDS.items():
+            rng = np.random.default_rng(0)
+            found = []
+            for _ in range(number):
+                trial = population(rng, *shape, dim)
+                found.append(intervals(crowded(rng, trial, dim) if is_crowded else trial))
+            cells = (f"{100 * coverage(each):.0f} %, ± {100 * each[:, 1].mean():.1f}"
+                     for each in np.moveaxis(np.array(found), 1, 0))  # fmt: skip
+            print(f"| {size} | {kind} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
