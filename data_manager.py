@@ -138,7 +138,9 @@ def read_split(
     return dataset.read(root, _choose("split", split, dataset.splits), trial, problems)
 
 
-def refuse_shared(name: str, root: str | os.PathLike, trial: int | None = None, split: str = "test") -> None:
+def refuse_shared(
+    name: str, root: str | os.PathLike, trial: int | None = None, split: str = "test", copies: bool = True
+) -> None:
     """Refuse a test split that shares images or identities with what is trained on.
 
     It compares the files that list the splits, if they exist, and then the images' bytes: a copy under
@@ -149,6 +151,7 @@ def refuse_shared(name: str, root: str | os.PathLike, trial: int | None = None, 
         root: the dataset's folder.
         trial: RegDB's split, 1..10; None: the first.
         split: "test", or, for SYSU-MM01, "val" (compared with the train ids).
+        copies: compare the bytes in a published dataset too, which reads all of its images.
 
     Raises:
         UserError: with the file and what it shares.
@@ -156,10 +159,11 @@ def refuse_shared(name: str, root: str | os.PathLike, trial: int | None = None, 
     dataset = DATASETS[name]
     trial = _choose("--trial", trial, dataset.trials)
     dataset.refuse_shared(root, trial, split)
-    if copies := dataset.copies(root, trial, split):
-        if name == "folder":
-            raise UserError(copies)
-        warn_once(copies)
+    own = name == "folder"
+    if (copies or own) and (found := dataset.copies(root, trial, split)):
+        if own:
+            raise UserError(found)
+        warn_once(found)
 
 
 def _choose(flag: str, value: object, valid: Sequence) -> object:

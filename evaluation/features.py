@@ -67,9 +67,7 @@ def read_features(
     root = data_manager.dataset_root(args.dataset, args.data_path)
     if evaluation is None:
         used = [trial for own in paths.values() for trial in own]
-        # Of the authors' images copies are only warned of, and that would read all of them.
-        copies = args.dataset == "folder"
-        evaluation = Evaluation.draw(root, protocols_of(args), used, args.allow_short, copies=copies)
+        evaluation = Evaluation.draw(root, protocols_of(args), used, args.allow_short, copies=False)
     files = []
     for path, own in paths.items():
         images = evaluation.images(own[0] if len(paths) > 1 else None)

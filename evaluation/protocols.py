@@ -88,7 +88,7 @@ class Evaluation:
             trials: of every protocol, as the dataset numbers them.
             allow_short: see data_manager.gallery_samples.
             more: further images to embed.
-            copies: look for test images that are training images byte for byte; this reads the files.
+            copies: see data_manager.refuse_shared.
 
         Raises:
             UserError: the dataset does not exist or lacks images of a protocol, its training and test split
@@ -101,8 +101,7 @@ class Evaluation:
             for trial in trials:
                 key = protocol.mode, trial if protocol.dataset == "regdb" else None
                 if key not in queries:
-                    if copies:
-                        data_manager.refuse_shared(protocol.dataset, root, key[1], protocol.split)
+                    data_manager.refuse_shared(protocol.dataset, root, key[1], protocol.split, copies)
                     queries[key] = data_manager.query_samples(protocol.dataset, root, trial=trial, **choice)
                 gallery = data_manager.gallery_samples(
                     protocol.dataset, root, trial=trial, shot=protocol.shot, galleries=protocol.galleries,

@@ -1,5 +1,6 @@
 """readers/own.py: own images from folders or a CSV, split in three ways; one line says what is wrong."""
 
+import functools
 import logging
 import os
 import re
@@ -193,7 +194,9 @@ def test_copies_in_training_and_test_are_refused(tmp_path):
         "1 test images are also training images, byte for byte: infrared/dan/later.jpg is visible/ann/b.jpg"
     )
     refused(lambda: refuse_shared("folder", root), words)
-    refused(lambda: Evaluation.draw(root, [Protocol("folder", V2I)], [0]), words)
+    for published_too in (True, False):
+        draw = functools.partial(Evaluation.draw, root, [Protocol("folder", V2I)], [0], copies=published_too)
+        refused(draw, words)
     assert any(words in line for line in check("folder", root)[0] if line.startswith("problem: "))
 
 

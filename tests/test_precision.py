@@ -237,6 +237,17 @@ def test_values_beyond_float16_are_wrong_there():
     assert found.error == math.inf
 
 
+@pytest.mark.parametrize(("image", "weight"), [(300.0, 300.0), (2.0**-10, 2.0**20)])
+def test_neither_results_nor_weights_beyond_float16_are_made_smaller(image, weight):
+    model, batch = Small(), {"visible": image * torch.rand(8, 3, 4, 2)}
+    model.layers[0].weight.data = weight * model.layers[0].weight.abs().detach()
+    with Hardware():
+        assert precision.check(model, batch, BF16, training=False) is None
+        found = precision.check(model, batch, FP16, training=False)
+    assert found.layer == "layers.0"
+    assert found.error == math.inf
+
+
 def test_without_memory_for_all_images_half_of_them_are_compared(monkeypatch):
     sizes = []
 
