@@ -3,8 +3,8 @@
     python -m tests.interval_coverage [--populations 1000]
 
 Test sets of SYSU-MM01's and RegDB's sizes are drawn anew, persons included, so that the mean over all of
-them is the true value. In a crowded one everybody's queries share a direction, as images of another modality
-do, and a gallery person lies in it more or less: some are near every query.
+them is the true value. In the crowded ones everybody's queries share a direction, as images of another
+modality do, and some persons of the gallery lie in it.
 """
 
 import argparse
@@ -19,15 +19,20 @@ SIZES = {  # persons, queries and gallery images of each
     "96 persons, 3,840 queries, 288 gallery images": (96, 40, 3),
     "206 persons, 2,060 queries and gallery images": (206, 10, 10),
 }
-KINDS = {"of middling likeness": False, "crowded": True}
+KINDS = {  # how far queries go in the direction, the share of gallery persons that do, how far at most
+    "of middling likeness": (0.0, 0.0, 0.0),
+    "a tenth of the gallery near everyone": (0.6, 0.1, 1.0),
+    "a twentieth of it very near everyone": (1.0, 0.05, 3.0),
+}
 
 
-def crowded(rng: np.random.Generator, trial: Trial, dim: int) -> Trial:
-    """trial, its queries and some of its gallery persons moved to a direction of their own."""
-    direction = unit(rng.standard_normal(dim))
-    near = rng.exponential(0.5, trial.g_pids.max() + 1)[trial.g_pids, None]
+def crowded(rng: np.random.Generator, trial: Trial, asked: float, share: float, most: float) -> Trial:
+    """trial, its queries and some of its gallery persons moved to a direction."""
+    direction = unit(rng.standard_normal(trial.query_features.shape[1]))
+    persons = 1 + trial.g_pids.max()
+    near = np.where(rng.random(persons) < share, most * rng.random(persons), 0)[trial.g_pids, None]
     return trial._replace(
-        query_features=unit(trial.query_features + direction),
+        query_features=unit(trial.query_features + asked * direction),
         gallery_features=unit(trial.gallery_features + near * direction),
     )
 
@@ -50,12 +55,9 @@ def main() -> None:
     print("| test set | persons | per query | per person, gallery kept | **per person** |")
     print("|---|---|---:|---:|---:|")
     for size, shape in SIZES.items():
-        for kind, is_crowded in KINDS.items():
+        for kind, how in KINDS.items():
             rng = np.random.default_rng(0)
-            found = []
-            for _ in range(number):
-                trial = population(rng, *shape, dim)
-                found.append(intervals(crowded(rng, trial, dim) if is_crowded else trial))
+            found = [intervals(crowded(rng, population(rng, *shape, dim), *how)) for _ in range(number)]
             cells = (f"{100 * coverage(each):.0f} %, ± {100 * each[:, 1].mean():.1f}"
                      for each in np.moveaxis(np.array(found), 1, 0))  # fmt: skip
             print(f"| {size} | {kind} | {' | '.join(cells)} |", flush=True)
