@@ -128,7 +128,7 @@ def check(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # a run tells of its own
     bound = BOUND * torch.finfo(dtype).eps
-    (layer, what), error = max(errors.items(), key=lambda item: item[1])
+    (layer, what), error = max(errors.items(), key=lambda item: item[1], default=(("", ""), 0.0))
     return Disagreement(layer, what, error, bound) if error > bound else None
 
 
@@ -287,6 +287,8 @@ class _Comparison(TorchDispatchMode):
 
     def largest(self) -> dict[tuple[str, str], float]:
         """{(layer, what): error}, infinite where it is not a number."""
+        if not self.errors:  # a network without products
+            return {}
         errors = torch.stack(list(self.errors.values())).nan_to_num(torch.inf, torch.inf)
         return dict(zip(self.errors, errors.tolist(), strict=True))
 

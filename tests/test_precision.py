@@ -125,6 +125,13 @@ def test_every_layer_is_compared_and_nothing_is_left_changed():
     assert torch.equal(torch.get_rng_state(), generator)
 
 
+def test_a_network_without_products_has_nothing_to_compare():
+    network = torch.nn.Module()
+    network.weight = torch.nn.Parameter(torch.ones(1))
+    network.forward = lambda visible: network.weight * visible.flatten(1)
+    assert precision.check(network, {"visible": torch.ones(2, 3, 4, 2)}, BF16, training=False) is None
+
+
 class Small(torch.nn.Module):
     """Three convolutions, of which the second one, of stride 2, makes maps of 2x1 from images of 4x2."""
 
