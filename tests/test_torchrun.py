@@ -176,6 +176,29 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+LATE = """import os, runpy, sys, time
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+if os.environ["RANK"] == "1":
+    with open("late", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename("late", "pid")
+    time.sleep(600)
+sys.argv[:] = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_process_that_is_killed_before_it_joins_ends_the_one_that_waits(flags, tmp_path):
+    (tmp_path / "late.py").write_text(LATE)
+    with Torchrun(tmp_path, tmp_path / "late.py", TRAIN, *flags) as run:
+        run.wait((tmp_path / "pid").exists)
+        run.wait_for("running on the CPU")
+        time.sleep(2)  # then it waits
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        status, _ = run.end(SOON)
+    assert status == 1
+
+
 def test_an_error_of_one_process_ends_all_with_that_error(flags, tmp_path):
     (tmp_path / "broken.py").write_text(BROKEN)
     with Torchrun(tmp_path, tmp_path / "broken.py", TRAIN, *flags) as run:
