@@ -233,10 +233,16 @@ a process draws its augmentation for its own images
 - modality: draw_augmentation(rng, whole, *size, modality, self.recipe, self.pad).rows(mine)
 + modality: draw_augmentation(rng, len(labels), *size, modality, self.recipe, self.pad)
 
-== devices.py, test_torchrun.py
+== devices.py, test_devices.py
 
 processes that start anew read the former ones' addresses
 - store = torch.distributed.PrefixStore(f"attempt {attempt}", store)
+
+== devices.py, test_torchrun.py
+
+who waits for a process that was killed hears of no signal
+- previous = signal.signal(signal.SIGTERM, signal.SIG_DFL)
++ previous = signal.getsignal(signal.SIGTERM)
 
 == engine/launch.py, test_torchrun.py
 

@@ -125,3 +125,22 @@ def test_deterministic_algorithms_only_when_asked_for(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.benchmark = False
+
+
+def test_an_attempt_does_not_see_the_names_of_the_former_one(monkeypatch):
+    """torchrun --max-restarts keeps its store; gloo writes the addresses of its processes there."""
+    kept, seen = torch.distributed.HashStore(), []
+
+    def init_process_group(backend, store, **_):
+        seen.append(store.check(["address of process 0"]))
+        store.set("address of process 0", "here")
+
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda _: iter([(kept, 0, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", init_process_group)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        Processes().start(CPU)
+    assert seen == [False, False]
+    assert kept.num_keys() == 2

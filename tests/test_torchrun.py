@@ -21,7 +21,7 @@ from test_resilience import epochs_of, numbers_of, only
 from checkpoints import load_checkpoint
 
 TRAIN = REPOSITORY / "train.py"
-EPOCHS = 4
+EPOCHS = 6
 SOON = 20  # seconds within which all ends; the launcher itself gives a process 30 before it kills it
 
 
@@ -52,6 +52,10 @@ class Torchrun:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the launcher has ended
             return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
         return []
+
+    def epochs(self):
+        """How many epochs it has told of."""
+        return self.output.read_text().count(": loss ")
 
     def wait_for(self, words):
         """Wait until it has printed words."""
@@ -128,7 +132,7 @@ def test_two_processes_train_one_run_that_one_can_continue(undisturbed, tmp_path
 
 
 def test_killed_processes_go_on_by_themselves_and_end_as_if_left_alone(undisturbed, flags, tmp_path):
-    """A kill, after which both start anew; a signal to the launcher; and a kill of the continued run."""
+    """A kill, after which both start anew; a signal to the launcher; an early kill of the continued run."""
     alone, seconds = undisturbed
     seed = random.randrange(10**6)
     print(f"seed {seed}")
@@ -144,19 +148,22 @@ def test_killed_processes_go_on_by_themselves_and_end_as_if_left_alone(undisturb
         run.wait(lambda: not set(before) & set(run.processes()), SOON)
 
     with Torchrun(folder, *words, restarts=3) as run:
-        if rng.random() < 0.5:
-            run.wait_for("epoch 1/")
+        run.wait_for("epoch 1/")
         wait_a_while(run)
         kill_one(run)
-        wait_a_while(run)
+        done = run.epochs()
+        run.wait(lambda: run.epochs() > done)
         run.launcher.terminate()
         status, output = run.end(SOON)
     assert status != 0
+    starts = output.count("running on the CPU")
+    assert starts <= 2, output  # the restarted processes do not wait for ended ones, and fail in turn
     with Torchrun(folder, *words, restarts=3) as run:
         wait_a_while(run)
         kill_one(run)
-        status, output = run.end(60)  # where the restarted processes wait for ended ones, they do for long
+        status, output = run.end(60)
     assert status == 0, output
+    assert output.count("running on the CPU") <= starts + 2, output
     same_run(folder, alone)
 
 
