@@ -1,9 +1,11 @@
 import dataclasses
 import functools
+import io
 import json
 import re
 import shutil
 import statistics
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -332,6 +334,17 @@ def test_a_run_writes_a_line_of_json_for_each_epoch(trained):
     metrics = {"rank-1": last["cmc"][0], "rank-10": last["cmc"][9], "mAP": last["mAP"], "mINP": last["mINP"]}
     assert records[1]["evaluation"]["metrics"] == metrics
     assert records[0]["evaluation"]["best"]
+
+
+def test_on_a_terminal_a_bar_follows_the_steps(sysu, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    training = start_training(sysu)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    watch = train.Watch(training, ["one", "two", "three"], 0)
+    assert list(watch) == ["one", "two", "three"]
+    assert (watch.bar.n, watch.bar.total) == (3, 8)
+    assert "epoch 1:" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(("patience", "said"), [(0, [2, 4]), (60, [])])
