@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from evaluation.similarity import Similarities, sample_similarities
 from images import PixelRange, read_image
 from reporting.figures import overlay
 from reporting.learning import History
-from reporting.views import embed, position_powers, similarity_map
+from reporting.views import embed, similarity_maps
 from utils import UserError
 
 AVERAGED = 64  # images of a modality that make the average image
@@ -105,46 +106,54 @@ class Evaluated:
     def maps(self, protocol: Protocol, queries: Sequence[int], ranked: Ranked) -> list[list[Picture]] | None:
         """A row for each of queries: it and the image ranked first, then its first match, each with its map.
 
-        The maps of a pair show where their similarity comes from, see views.similarity_map; None: no network.
+        They show where the pair's similarity comes from, see views.similarity_maps. None: no network.
         """
-        network = self.method.network
+        network, args = self.method.network, self.method.args
         if network is None:
             return None
         device = next(network.parameters()).device
 
-        def look(paths: Sequence[str], modality: str) -> tuple[list[np.ndarray], torch.Tensor, torch.Tensor]:
-            images = [read_image(path, *self.size) for path in paths]
-            batch = normalize(torch.from_numpy(np.stack(images)).to(device))
-            return images, *position_powers(network, batch, modality)
+        def embed_as(modality: str, images: torch.Tensor) -> torch.Tensor:
+            parts = images.split(args.test_batch)
+            return torch.cat([F.normalize(network(**{modality: normalize(part)})).float() for part in parts])
+
+        def look(paths: Sequence[str]) -> torch.Tensor:
+            return torch.from_numpy(np.stack([read_image(path, *self.size) for path in paths])).to(device)
 
         query, gallery = self.evaluation.samples[protocol, self.trial]
-        means = {
-            samples.modality: look(spread(np.array(samples.paths), AVERAGED), samples.modality)[1].mean(0)
+        averages = {
+            samples.modality: look(spread(np.array(samples.paths), AVERAGED)).float().mean(0).byte()
             for samples in (query, gallery)
         }
         rows = []
         for q in queries:
             places = ranked.places[q][~ranked.ignored[q]]
             right = gallery.pids[places] == query.pids[q]
+            shown = list(dict.fromkeys([places[0], *places[right][:1]]))
+            own, others = look([query.paths[q]]), look([gallery.paths[g] for g in shown])
+            feature, features = embed_as(query.modality, own), embed_as(gallery.modality, others)
+
+            def maps(image, modality, compared):
+                average = averages[modality]
+                found = similarity_maps(partial(embed_as, modality), image, average, compared)
+                return F.interpolate(found[:, None], image.shape[:2], mode="bilinear")[:, 0]
+
             row = []
-            for g in dict.fromkeys([places[0], *places[right][:1]]):
-                maps, pictures = [], []
-                for samples, k in ((query, q), (gallery, g)):
-                    pictures.append(look([samples.paths[k]], samples.modality))
-                for (image, powers, _), samples, other in zip(
-                    pictures, (query, gallery), (pictures[1][2][0], pictures[0][2][0]), strict=True
-                ):
-                    found = similarity_map(network, powers[0], means[samples.modality], other)
-                    maps.append(F.interpolate(found[None, None], image[0].shape[:2], mode="bilinear")[0, 0])
-                strongest = torch.stack(maps).abs().max().clamp(min=1e-12)
+            for g, of_query, image, other in zip(
+                shown, maps(own[0], query.modality, features), others, features, strict=True
+            ):
+                of_other = maps(image, gallery.modality, feature)[0]
+                strongest = max(heat.abs().max() for heat in (of_query, of_other)).clamp(min=1e-12)
                 kinds = "query", "right" if gallery.pids[g] == query.pids[q] else "wrong"
                 captions = (
                     f"pid {query.pids[q]}, cam {query.camids[q]}",
-                    f"pid {gallery.pids[g]}, {float(pictures[0][2][0] @ pictures[1][2][0]):.2f}",
+                    f"pid {gallery.pids[g]}, {float(feature[0] @ other):.2f}",
                 )
-                for (image, _, _), heat, kind, caption in zip(pictures, maps, kinds, captions, strict=True):
-                    row.append((image[0], kind, caption))
-                    row.append((overlay(image[0], (heat / strongest).cpu().numpy()), "", "where"))
+                pair = zip((own[0], image), (of_query, of_other), kinds, captions, strict=True)
+                for picture, heat, kind, caption in pair:
+                    pixels = picture.cpu().numpy()
+                    row.append((pixels, kind, caption))
+                    row.append((overlay(pixels, (heat / strongest).numpy()), "", "where"))
             rows.append(row)
         return rows
 

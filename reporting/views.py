@@ -1,57 +1,48 @@
-"""Where the network looks, and how its features lie in the plane."""
+"""Where the similarity of two images comes from, and how features lie in the plane."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.manifold import TSNE
 
-from model import TwoStreamResNet
+CELLS = 8, 4  # rows and columns of a map
 
 
 @torch.no_grad()
-def position_powers(
-    network: TwoStreamResNet, images: torch.Tensor, modality: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What pooling takes the mean of, x^p at each position of the last feature map, and the features.
-
-    Args:
-        network: in evaluation mode.
-        images: (n, 3, H, W) normalised, on the network's device.
-        modality: "visible" or "infrared".
-
-    Returns:
-        (n, K, h, w) and (n, D), float32; the features have unit norm.
-    """
-    kept = []
-    hook = network.layer4.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
-    try:
-        features = F.normalize(network(**{modality: images}))
-    finally:
-        hook.remove()
-    return kept[0].float().clamp(min=1e-6) ** network.pool.p, features
-
-
-@torch.no_grad()
-def similarity_map(
-    network: TwoStreamResNet, powers: torch.Tensor, mean: torch.Tensor, other: torch.Tensor
+def similarity_maps(
+    embed_images: Callable[[torch.Tensor], torch.Tensor],
+    image: torch.Tensor,
+    average: torch.Tensor,
+    others: torch.Tensor,
 ) -> torch.Tensor:
-    """Where an image's similarity to another one comes from: (h, w) float32; positive: that place adds to it.
+    """Where an image's similarities to others come from: (k, *CELLS) float32; positive: that place adds.
 
-    What the similarity loses when a position of the last feature map becomes what the average image has.
-    Padding and strides make every image's activations larger at the same side; the average image, which has
-    that side too, takes it away. The pooling is a mean of powers, so that all positions need one product.
+    A window of 2 x 2 cells moves over the image, and what it covers becomes what the average image has there.
+    A cell's value is the mean of what the similarity loses over the windows that cover the cell.
 
     Args:
-        network: in evaluation mode.
-        powers: (K, h, w) of the image, see position_powers.
-        mean: (K, h, w), the mean of those of many images of its modality.
-        other: (D,) unit feature of the image that it is compared with.
+        embed_images: gives the unit features (n, D) of images (n, H, W, 3).
+        image: (H, W, 3) uint8; H >= 8, W >= 4.
+        average: (H, W, 3) uint8, of many images of its modality.
+        others: (k, D) unit features of the images that it is compared with.
+
+    Source: M. Zeiler, R. Fergus, Visualizing and Understanding Convolutional Networks, 2014, section 4.2.
     """
-    whole = powers.mean((1, 2))
-    without = whole + ((mean - powers) / powers[0].numel()).flatten(1).T  # (h w, K)
-    pooled = torch.cat([whole[None], without]).clamp(min=0) ** (1 / network.pool.p)
-    similarities = F.normalize(network.neck(pooled)) @ other.float()
-    return (similarities[0] - similarities[1:]).view(powers.shape[1:])
+    edges = [np.linspace(0, image.shape[k], CELLS[k] + 1).round().astype(int) for k in (0, 1)]
+    windows = []  # also beyond the edges, so that every cell is in four of them
+    for corner in np.ndindex(CELLS[0] + 1, CELLS[1] + 1):
+        windows.append(tuple(slice(max(0, c - 1), min(c + 1, n)) for c, n in zip(corner, CELLS, strict=True)))
+    images = image.repeat(1 + len(windows), 1, 1, 1)
+    for covered, window in zip(images[1:], windows, strict=True):
+        place = tuple(slice(edges[k][window[k].start], edges[k][window[k].stop]) for k in (0, 1))
+        covered[place] = average[place]
+    similarities = (embed_images(images) @ others.T).T.cpu()  # (k, 1 + windows)
+    lost = similarities[:, :1] - similarities[:, 1:]
+    maps = torch.zeros(len(others), *CELLS)
+    for k, window in enumerate(windows):
+        maps[(slice(None), *window)] += lost[:, k, None, None] / 4
+    return maps
 
 
 def embed(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, str]:

@@ -34,12 +34,12 @@ from evaluation.similarity import (
     overlap,
     sample_similarities,
 )
-from model import GeM, TwoStreamResNet
+from model import GeM
 from reporting import figures, sprites
 from reporting.comparing import Listed, confused, most_confused, outcomes
 from reporting.evaluated import Evaluated
 from reporting.learning import history_file, read_history
-from reporting.views import embed, position_powers, similarity_map
+from reporting.views import CELLS, embed, similarity_maps
 from synthetic import people, scenes
 from utils import UserError, log
 
@@ -352,33 +352,27 @@ def test_a_missing_tensorboard_is_one_warning(tmp_path, monkeypatch, caplog):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("stem", ["shared", "two-stream"])
-def test_a_map_says_what_the_similarity_loses_with_a_place(stem):
-    torch.manual_seed(0)
-    model = TwoStreamResNet("resnet18", stem).eval()
-    images = torch.randn(5, 3, 64, 32)
-    powers, features = position_powers(model, images, "infrared")
-    torch.testing.assert_close(features, F.normalize(model(infrared=images)).detach())
-    assert not model.layer4._forward_hooks  # nothing stays behind
-    mean, other = powers[2:].mean(0), features[1]
-    found = similarity_map(model, powers[0], mean, other)
-    with torch.no_grad():
-        for y, x in np.ndindex(found.shape):
-            without = powers[:1].clone()
-            without[0, :, y, x] = mean[:, y, x]
-            unit = F.normalize(model.neck(model.pool(without ** (1 / model.pool.p))))[0]
-            assert abs(found[y, x] - (features[0] - unit) @ other) < 2e-6
+def test_a_map_says_what_the_similarities_lose_with_a_place():
+    """Of a network that sees two pixels alone: each window that covers one of them loses its part."""
+    pixels = {(31, 13): 0, (2, 1): 1}  # in the cells (7, 3) and (0, 0)
+    image, average = torch.full((32, 16, 3), 50, dtype=torch.uint8), torch.zeros(32, 16, 3, dtype=torch.uint8)
+
+    def see(images):
+        return torch.stack([images[:, y, x, 0].float() for y, x in pixels], 1)
+
+    found = similarity_maps(see, image, average, torch.tensor([[1.0, 0.0], [0.5, -1.0]]))
+    expected = torch.zeros(2, *CELLS)
+    for (row, column), weights in (((7, 3), (50, 25)), ((0, 0), (0, -50))):
+        for y, x in np.ndindex(CELLS):  # how many of a cell's four windows cover the other cell
+            both = max(0, 2 - abs(y - row)) * max(0, 2 - abs(x - column))
+            expected[:, y, x] += torch.tensor(weights) * both / 4
+    torch.testing.assert_close(found, expected)
 
 
-class Patches(torch.nn.Module):
-    """A network that looks at each patch of 8 x 8 pixels alone, so that it is known what it saw."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer4, self.pool, self.neck = torch.nn.AvgPool2d(8), GeM(), torch.nn.Identity()
-
-    def forward(self, visible):
-        return self.neck(self.pool(self.layer4(torch.cat([visible, 1 - visible], dim=1))))
+def see_patches(images):
+    """Unit features of a network that looks at each patch of 8 x 8 pixels alone."""
+    patches = F.avg_pool2d(torch.cat([images, 255 - images], -1).permute(0, 3, 1, 2) / 255, 8)
+    return F.normalize(GeM()(patches))
 
 
 @pytest.mark.parametrize("part", ["top", "bottom"])
@@ -387,26 +381,25 @@ def test_the_map_lies_on_the_garment_in_which_people_differ(part):
     who = replace(people.make_identity(9, 3), bag_style="none", opening=0.0, bottom_cut="wide")
     camera = scenes.make_camera(5, "visible", 1)
     cloths = [scenes.plain_cloth((v, v, v), 0.5, 0.5) for v in (0.15, 0.9)]
-    drawn = [
-        np.asarray(people.render(replace(who, **{part: cloth}), camera, np.random.default_rng(1), 160, 64))
+    drawn = torch.stack([
+        torch.from_numpy(np.array(
+            people.render(replace(who, **{part: cloth}), camera, np.random.default_rng(1), 160, 64)
+        ))
         for cloth in cloths
-    ]
-    differs = np.abs(drawn[0].astype(int) - drawn[1]).max(2) > 0
-    cells = differs.reshape(20, 8, 8, 8).any((1, 3))
-    blank = np.full_like(drawn[0], 128)
-    images = torch.from_numpy(np.stack([*drawn, drawn[0][:, ::-1], drawn[1][:, ::-1], blank])) / 255
-    network = Patches().eval()
-    powers, features = position_powers(network, images.permute(0, 3, 1, 2), "visible")
-    mean = powers[:2].mean(0)
-    own = similarity_map(network, powers[0], mean, features[0])
-    other = similarity_map(network, powers[0], mean, features[1])
-    assert own.abs()[~torch.from_numpy(cells)].max() < 1e-6 < own[torch.from_numpy(cells)].max()
-    assert own.sum() > max(0, other.sum())  # the garment tells who it is, and who not
-    energy = powers[0].sum(0)
-    assert energy[torch.from_numpy(cells)].sum() < 0.7 * energy.sum()
-    mirrored = similarity_map(network, powers[2], powers[2:4].mean(0), features[0])
+    ])  # fmt: skip
+    features, average = see_patches(drawn).detach(), drawn.float().mean(0).round().byte()
+    differs = (drawn[0] != drawn[1]).any(2)
+    cells = differs.reshape(CELLS[0], 20, CELLS[1], 16).permute(0, 2, 1, 3).flatten(2).float().mean(2)
+    near = F.max_pool2d(cells[None], 3, 1, 1)[0] > 0  # a window there covers the garment
+    assert not near.all()
+    own, other = similarity_maps(see_patches, drawn[0], average, features)
+    assert own[~near].abs().max() < 1e-6
+    assert np.corrcoef(cells.flatten(), own.flatten())[0, 1] > 0.9
+    assert own.sum() > 0 > other.sum()  # the garment tells who it is, and who not
+    mirrored = similarity_maps(see_patches, drawn[0].flip(1), average.flip(1), features[:1])[0]
     torch.testing.assert_close(mirrored, own.flip(1), rtol=0, atol=1e-6)
-    assert similarity_map(network, powers[4], powers[4], features[0]).abs().max() < 1e-6  # nothing of its own
+    blank = torch.full_like(average, 128)
+    assert similarity_maps(see_patches, blank, blank, features).abs().max() < 1e-6  # nothing of its own
 
 
 def test_the_overlay_has_two_hues():
