@@ -4,6 +4,7 @@ import json
 import statistics
 import sys
 
+import numpy as np
 import pytest
 
 from engine.settings import parse_args
@@ -44,6 +45,8 @@ def test_it_trains_what_is_missing_and_writes_the_table(warm_commands, tmp_path,
     report = json.loads((tmp_path / "out" / "full-method_seed0.json").read_text())
     indoor = next(row for row in report["results"] if row["mode"] == "indoor")
     assert found["indoor mAP"] == pytest.approx(100 * indoor["mean"]["mAP"])
+    with np.load(tmp_path / "out" / "full-method_seed0.npz") as features:  # for other protocols, afterwards
+        assert len(features["visible_features"]) == len(features["visible_paths"]) > 0
     page = (tmp_path / "page.md").read_text()
     assert page.startswith("before\n")
     assert page.endswith("after\n")

@@ -87,7 +87,8 @@ def training_flags(args: argparse.Namespace) -> list[object]:
 
 
 def train_and_test(out: Path, variant: str, seed: int, args: argparse.Namespace) -> dict[str, object]:
-    """Per cent of each mode and metric, and the seconds that it took; leaves the log and no checkpoint."""
+    """Per cent of each mode and metric, and the seconds that it took; leaves the log and the test images'
+    features, and no checkpoint."""
     start = time.perf_counter()
     name = re.sub(r"\W+", "-", variant).strip("-") + f"_seed{seed}"
     data, last, report = out / f"sysu_seed{seed}", out / "save_model" / f"{name}_last.t", out / f"{name}.json"
@@ -100,7 +101,7 @@ def train_and_test(out: Path, variant: str, seed: int, args: argparse.Namespace)
     )  # fmt: skip
     run(
         "test.py", "--resume", last, "--data-path", data, "--mode", *MODES, *machine, "--json", report,
-        quiet=True,
+        "--save-features", report.with_suffix(".npz"), quiet=True,
     )  # fmt: skip
     means = {row["mode"]: row["mean"] for row in json.loads(report.read_text())["results"]}
     found = {f"{m} rank-1": 100 * means[m]["cmc"][0] for m in MODES}
