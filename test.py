@@ -10,9 +10,9 @@ The table goes to standard output, everything else to standard error.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
-    from utils import refuse_missing_checkpoints
+    from utils import before_torch
 
-    refuse_missing_checkpoints()
+    before_torch()
 
 import argparse
 import sys

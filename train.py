@@ -10,9 +10,9 @@ line; below are its epochs, from top to bottom, and what an epoch does. docs/met
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
-    from utils import refuse_missing_checkpoints
+    from utils import before_torch
 
-    refuse_missing_checkpoints()
+    before_torch()
 
 import contextlib
 import sys

@@ -70,7 +70,7 @@ def test_the_command_prints_one_table(monkeypatch, capsys):
     monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: False)  # which no benchmark compares first
     context = warm.warm_context("1")  # instead of a new interpreter
     monkeypatch.setattr(timing.multiprocessing, "get_context", lambda _: context)
-    quick = ("reranking", "memory_and_loss", "processes", "embedding", "search", "preprocessing")
+    quick = ("reranking", "memory_and_loss", "processes", "embedding", "search", "start_up", "preprocessing")
     main(get_args_parser().parse_args(["--quick", "--only", *quick, "--format", "markdown"]))
     heading, blank, columns, _, *rows = capsys.readouterr().out.splitlines()
     assert f"torch {torch.__version__}" in heading
@@ -83,6 +83,7 @@ def test_the_command_prints_one_table(monkeypatch, capsys):
         "training",
         "embedding",
         *["exact"] * 5,
+        *("start-up", "test.py"),
         "preprocessing,",
     ]
     runtimes = [row for row in rows if row.startswith("| resnet18 at ")]  # one for each that is installed

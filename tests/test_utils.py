@@ -16,10 +16,10 @@ from utils import (
     Parser,
     UserError,
     at_least,
+    before_torch,
     data_flags,
     device_flags,
     positive,
-    refuse_missing_checkpoints,
     run_script,
     whole_file,
 )
@@ -50,6 +50,17 @@ def test_a_script_exits_with_what_main_returns(returned, status):
     with pytest.raises(SystemExit) as stop:
         run_script(lambda args: args.returned, lambda: argparse.Namespace(returned=returned))
     assert (stop.value.code or 0) == status
+
+
+def test_what_a_script_imports_is_no_garbage():
+    code = """
+import gc, utils
+utils.before_torch()
+assert not gc.isenabled()  # while torch is imported
+right = lambda _: gc.isenabled() and gc.get_freeze_count() > 1000
+utils.run_script(lambda args: 7 if right(args) else 8, list)
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 7
 
 
 def test_a_user_error_is_one_line_and_status_2(monkeypatch, capsys):
@@ -265,11 +276,12 @@ def test_which_file_is_missing(words, missing, tmp_path, monkeypatch, capsys):
     (tmp_path / "there_best.t").touch()
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "below_best.t").touch()
+    monkeypatch.setattr("gc.disable", lambda: None)
     if missing is None:
-        refuse_missing_checkpoints()
+        before_torch()
         return
     with pytest.raises(SystemExit) as stop:
-        refuse_missing_checkpoints()
+        before_torch()
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"train.py: error: no file at {missing}\n"
 

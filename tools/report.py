@@ -9,9 +9,9 @@ DIR/index.html opens from the disk and needs no network; each figure lies beside
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
-    from utils import refuse_missing_checkpoints
+    from utils import before_torch
 
-    refuse_missing_checkpoints()
+    before_torch()
 
 import os
 import sys
