@@ -1,10 +1,10 @@
 """One set of drawn features, judged by this project and by the packages of other people that are installed.
 
     python -m tests.comparing
-    python -m tests.comparing --features FILE.npz --data-path DIR
+    python -m tests.comparing --features FILE.npz … --data-path DIR
 
 docs/comparing.md says which packages, and has the tables that this prints. The second command asks what
-re-ranking owes to the other queries, of a network's features that test.py --save-features wrote. Of a missing
+re-ranking owes to the other queries, of networks' features that test.py --save-features wrote. Of a missing
 package a line says `not measured`. Files of packages are loaded one by one, unchanged: their own imports want
 much more.
 """
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 
-from eval_metrics import eval_llcm, eval_regdb, eval_sysu
+from eval_metrics import eval_llcm, eval_regdb, eval_sysu, evaluate_distmat
 from evaluation.methods import find_methods
 from evaluation.scoring import reranking_of
 from reranking import ONE_AT_A_TIME, RERANKING
@@ -207,44 +207,52 @@ def euclidean(query: np.ndarray, gallery: np.ndarray) -> np.ndarray:
 
 
 def shares(words: list[str]) -> None:
-    """Print a table of re-ranked rank-1 and mAP, the mean over trials, by the queries that take part.
+    """Print a table of re-ranked rank-1 / mAP, the mean over trials, by the queries that take part.
 
-    words: flags of test.py.
+    words: flags of test.py; a column for each network.
     """
-    [method] = find_methods(get_args_parser, words)
-    method.evaluate(torch.device("cpu"))
-    trials = [
-        (*(method.features.of(samples) for samples in pair), pair, protocol)
-        for (protocol, _), pair in method.evaluation.samples.items()
-    ]
-    print("| re-ranking | queries | rank-1 | mAP |\n|---|---|---:|---:|")
+    methods = find_methods(get_args_parser, words)
+    for method in methods:
+        method.evaluate(torch.device("cpu"))
+    names = [Path(method.name).stem for method in methods]
+    print(f"| re-ranking | queries | {' | '.join(names)} |\n|---|---|{'---:|' * len(names)}")
+
+    def measure(method, rerank) -> str:
+        found = []
+        for (protocol, _), (query, gallery) in method.evaluation.samples.items():
+            arrays = [method.features.of(samples).numpy() for samples in (query, gallery)]
+            distmat = rerank(*arrays, query.pids, protocol)
+            ids = query.pids, gallery.pids, query.camids, gallery.camids
+            values = evaluate_distmat(distmat, *ids, protocol.rule).metrics()
+            found.append((values.cmc[0], values.mAP))
+        return " / ".join(f"{100 * x:.2f}" for x in np.mean(found, axis=0))
 
     def tell(name, queries, rerank):
-        found = []
-        for q, g, (query, gallery), protocol in trials:
-            ids = query.pids, gallery.pids, query.camids, gallery.camids
-            arrays = q.numpy(), g.numpy()
-            evaluate = {"sysu": eval_sysu, "regdb": eval_regdb, "llcm": eval_llcm}[protocol.rule]
-            cmc, mean_ap, _ = evaluate(
-                rerank(*arrays, query.pids), *ids[: 2 if protocol.rule == "regdb" else 4]
-            )
-            found.append((cmc[0], mean_ap))
-        numbers = " | ".join(f"{100 * x:.2f}" for x in np.mean(found, axis=0))
-        print(f"| {name} | {queries} | {numbers} |", flush=True)
+        print(f"| {name} | {queries} | {' | '.join(measure(m, rerank) for m in methods)} |", flush=True)
 
-    tell("none", "", lambda q, g, pids: 1 - q @ g.T)
+    tell("none", "", lambda q, g, *_: 1 - q @ g.T)
     for name, alone in ONE_AT_A_TIME.items():
         rerank = RERANKING[name]
 
-        def others(q, g, pids, rerank=rerank):
+        def others(q, g, pids, _, rerank=rerank):
             """Each query with the other persons' alone."""
             kept = (np.flatnonzero((pids != pid) | (np.arange(len(q)) == k)) for k, pid in enumerate(pids))
             return np.stack([rerank(q[rows], g)[rows == k][0] for k, rows in enumerate(kept)])
 
-        tell(name, "all", lambda q, g, pids, rerank=rerank: rerank(q, g))
+        tell(name, "all", lambda q, g, *_, rerank=rerank: rerank(q, g))
         tell(name, "none of the query's own person", others)
-        tell(name, "one at a time", lambda q, g, pids, alone=alone: alone(q, g))
-    tell("aim", "no matter", lambda q, g, pids: reranking_of(trials[0][3], "aim")(q, g))
+        tell(name, "one at a time", lambda q, g, *_, alone=alone: alone(q, g))
+    tell("aim", "no matter", lambda q, g, _, protocol: reranking_of(protocol, "aim")(q, g))
+
+    def nearest_quarter(q, g, _, protocol):
+        """As tools.search does it: what is further away stays where it is."""
+        distmat = 1 - q @ g.T
+        for query, row in zip(q, distmat, strict=True):
+            places = np.argsort(row, kind="stable")[: len(g) // 4]
+            row[places] = reranking_of(protocol, "aim")(query[None], g[places])[0] - 4  # 2 at most before
+        return distmat
+
+    tell("aim", "no matter; the nearest quarter of the gallery alone", nearest_quarter)
 
 
 def main() -> None:

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ENVIRONMENT, REPOSITORY, draw_images, random_checkpoint, run_script
 from PIL import Image
 
 from checkpoints import fingerprint, load_checkpoint
+from reranking import RERANKING
 from retrieval import codes
 from retrieval import search as library
 from retrieval.embeddings import open_embedder
@@ -372,6 +374,41 @@ def test_the_same_camera_and_what_is_not_similar_are_left_out(run, checkpoint, t
         found(tmp_path / "new.png", "--exclude-same-camera")
     with pytest.raises(UserError, match=r"argument --min-similarity: must be from -1 to 1, not 90"):
         found(paths[0], "--min-similarity", "90")
+
+
+@pytest.mark.parametrize("candidates", [1, 40, 200])
+def test_what_is_nearest_is_reordered_by_affinities(tmp_path, candidates):
+    """As test.py does it with a gallery that holds no more; what is not found stays at the end."""
+    rows = torch.from_numpy(write_embeddings(tmp_path / "g", [70, 50])).float()
+    queries = unit(3)
+    gallery = Embeddings(tmp_path / "g")
+    found = nearest(queries, gallery, candidates, at_least=0.05)
+    similarities, positions = search.reranked(queries, gallery, *found)
+    changed = 0
+    for k, query in enumerate(queries):
+        left = found[1][k][found[1][k] >= 0]
+        assert 0 < len(left) < 120
+        shown = F.normalize(rows[left])
+        distances = RERANKING["aim"](query[None], shown, k1=min(4, len(left)))[0]
+        wanted = left[distances.argsort()].tolist()
+        changed += wanted != left.tolist()
+        assert positions[k].tolist() == wanted + [-1] * (positions.shape[1] - len(wanted))
+        values = dict(zip(found[1][k].tolist(), found[0][k].tolist(), strict=True))
+        assert similarities[k].tolist() == [values[position] for position in positions[k].tolist()]
+    assert changed == (0 if candidates == 1 else 3)
+
+
+def test_reranking_looks_beyond_the_images_that_are_shown(run, made_by, tmp_path, monkeypatch):
+    write_embeddings(tmp_path / "gallery", [150], made_by=made_by)
+    (query,) = draw_images(tmp_path / "in", 1)
+    (plain,) = json.loads(run(query, "--json", "--top", "150")[1])
+    similarities = [hit["similarity"] for hit in plain["hits"]]
+    for top in (3, 120):
+        (result,) = json.loads(run(query, "--json", "--top", top, "--rerank", "aim")[1])
+        hits = result["hits"]
+        assert [hit["rank"] for hit in hits] == list(range(1, top + 1))
+        assert {hit["path"] for hit in hits} != {hit["path"] for hit in plain["hits"][:3]}
+        assert min(hit["similarity"] for hit in hits) >= similarities[max(top, search.CANDIDATES) - 1]
 
 
 def test_a_gallery_without_cameras_is_told(run, checkpoint, tmp_path):

@@ -3,8 +3,8 @@
     python -m tools.search --resume RUN_best.t --gallery FOLDER --query IMAGE --query-modality infrared
     python -m tools.search --resume RUN_best.t --gallery FOLDER --query DIR --query-modality infrared --json
 
-Exact; a query that the gallery has, by its path, does not find itself. Results go to standard output,
-everything else to standard error.
+Exact; a query that the gallery has, by its path, does not find itself. --rerank aim reorders what is nearest,
+each query for itself. Results go to standard output, everything else to standard error.
 """
 
 if __name__ == "__main__":  # before torch is imported, which takes long from a slow disk
@@ -24,14 +24,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from devices import Processes, select_device
 from images import PixelRange, UnreadableImages, read_image
+from reranking import affinity_inference
 from retrieval.embeddings import Found, embed_files, find_images, open_embedder, settle_precision
 from retrieval.search import Allowed, nearest
 from retrieval.shards import Embeddings
 from utils import Parser, UserError, at_least, device_flags, log, log_to_terminal, run_script, whole_file
+
+CANDIDATES = 100  # of a query, that --rerank reorders
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Search results</title>
@@ -64,6 +68,11 @@ def get_args_parser() -> Parser:
         help="leave out images of the query's own camera, by the column camid of the gallery's table and of "
         "the queries' (or of the query in the gallery)",
     )  # fmt: skip
+    add(
+        "--rerank",
+        choices=("aim",),
+        help=f"reorder the {CANDIDATES} nearest (or the N of --top, if more) by affinities to each other",
+    )
     add(
         "--min-similarity", type=cosine, default=-math.inf, metavar="S",
         help="leave out images that are less similar, -1 to 1 (default: leave out none)",
@@ -176,6 +185,20 @@ def save_report(
     return path
 
 
+def reranked(
+    queries: torch.Tensor, gallery: Embeddings, similarities: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What nearest has found, each query's in the order of affinity inference with these as the gallery."""
+    order = torch.arange(positions.shape[1], device=positions.device).repeat(len(positions), 1)
+    for query, row, places in zip(queries, positions, order, strict=True):
+        found = row[row >= 0]
+        if len(found) > 1:
+            rows = F.normalize(gallery.take(found.cpu().numpy()).to(query.device).float())
+            distances = affinity_inference(query[None], rows, k1=min(4, len(found)))[0]
+            places[: len(found)] = distances.argsort(stable=True)
+    return similarities.gather(1, order), positions.gather(1, order)
+
+
 def as_results(
     paths: Sequence[str],
     own: np.ndarray,
@@ -233,12 +256,16 @@ def main(args: argparse.Namespace) -> int:
     def allowed(query: np.ndarray, position: np.ndarray) -> np.ndarray:
         return (position != own[query]) & (True if other is None else other(query, position))
 
-    similarities, positions = nearest(
-        torch.cat(features).to(device), gallery, args.top, allowed, args.min_similarity
-    )
-    results = as_results(paths, own, similarities, positions.cpu(), gallery)
+    queries = torch.cat(features).to(device)
+    number = max(args.top, CANDIDATES) if args.rerank else args.top
+    found = nearest(queries, gallery, number, allowed, args.min_similarity)
+    if args.rerank:
+        found = reranked(queries, gallery, *found)
+    similarities, positions = (values[:, : args.top].cpu() for values in found)
+    results = as_results(paths, own, similarities, positions, gallery)
     if args.report:
         heading = f"{args.gallery}: {len(gallery):,} images, searched with {args.resume}"
+        heading += f", re-ranked by {args.rerank}" if args.rerank else ""
         log.info("wrote %s", save_report(args.report, results, heading, embedder.pixel_range))
     print(json.dumps(results, indent=1) if args.json else as_text(results))
     return int(bool(failed))
