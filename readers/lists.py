@@ -23,7 +23,7 @@ WASTE = {
     "system volume information", "__macosx", "lost+found", "thumbs", "thumbnails",
 }  # fmt: skip
 JUNK = "-1"  # Market-1501's pid of boxes that are nobody, which its evaluation ignores
-JUNK_KIND = "of pid -1, junk"
+JUNK_KIND = "junk, of pid -1"
 
 
 @functools.cache
@@ -163,7 +163,7 @@ class Finder:
     def report(self) -> None:
         """Warn of what was passed over, each kind with its number and first path."""
         kinds = [
-            f"{len(paths)} {kind} ({os.path.relpath(min(paths), self.root)})"
+            f"{kind} ({len(paths)}: {os.path.relpath(min(paths), self.root)}{', …' * (len(paths) > 1)})"
             for kind, paths in sorted(self.passed.items())
             if paths
         ]

@@ -120,8 +120,8 @@ def test_check_names_what_no_split_takes(tmp_path):
     notes = [line.partition(f"{root}: ")[2] for line in check("sysu", root)[0] if line.startswith("note: ")]
     assert notes[:-1] == [
         "not read, because SYSU-MM01 has no such camera: cam7, cam8",
-        "not taken, 1 images: cam1/12/0001.jpg",
-        "not taken, 1 files without an image's suffix: cam1/0002/0003.raw",
+        "images not taken, 1: cam1/12/0001.jpg",
+        "files without an image's suffix not taken, 1: cam1/0002/0003.raw",
     ]
 
 
@@ -130,7 +130,7 @@ def test_check_knows_that_llcm_holds_its_test_images_twice(tmp_path):
     write(root / "vis/0009/0009_1.png")  # as test_vis/cam1/0009/0009_1.png
     write(root / "vis/0009/0009_9.png")
     notes = [line for line in check("llcm", root)[0] if "not taken" in line]
-    assert [note.partition("not taken, ")[2] for note in notes] == ["1 images: vis/0009/0009_9.png"]
+    assert [note.partition("not taken, ")[2] for note in notes] == ["1: vis/0009/0009_9.png"]
 
 
 @pytest.mark.parametrize(

@@ -510,7 +510,7 @@ def test_files_of_other_suffixes_are_named(tmp_path, caplog):
         write(root / name)
     train_samples("sysu", root)
     assert caplog.messages == [
-        f"{root}: not read: 2 files .avif (cam1/0003/0004.avif), 1 files .heic (cam2/0012/0009.heic)"
+        f"{root}: not read: files .avif (2: cam1/0003/0004.avif, …), files .heic (1: cam2/0012/0009.heic)"
     ]
 
 

@@ -109,7 +109,7 @@ def test_what_is_really_the_same_folder_is_walked_once(tmp_path, caplog):
         for modality, samples in parts.items():
             assert keys(read_split("folder", root, split)[modality]) == keys(samples)
     (warning,) = caplog.messages
-    assert "4 folders that are walked already, through a link (visible/aaron)" in warning
+    assert "folders that are walked already, through a link (4: visible/aaron, …)" in warning
     (root / "visible/eve").symlink_to(tmp_path / "elsewhere")
     write(tmp_path / "elsewhere/deeper/1.jpg")
     assert len(find_images(root, "--images").paths) == 18
@@ -132,9 +132,10 @@ def test_what_is_passed_over_is_named_with_its_number(tmp_path, caplog):
         write(root / "visible/bob" / name)
     assert keys(query_samples("folder", root)) == expected
     assert caplog.messages == [
-        f"{root}: not read: 8 folders of thumbnails or waste (visible/#recycle)",
-        f"{root}: not read: 2 files .avif (visible/bob/Y.AVIF), 1 files .txt (visible/bob/notes.txt), "
-        "1 files without a suffix (visible/bob/README), 8 folders of thumbnails or waste (visible/#recycle)",
+        f"{root}: not read: folders of thumbnails or waste (8: visible/#recycle, …)",
+        f"{root}: not read: files .avif (2: visible/bob/Y.AVIF, …), files .txt (1: visible/bob/notes.txt), "
+        "files without a suffix (1: visible/bob/README), "
+        "folders of thumbnails or waste (8: visible/#recycle, …)",
     ]
 
 
@@ -161,7 +162,7 @@ def test_junk_is_nobody(tmp_path, caplog, layout):
         assert "4 images of pid -1, junk, are left out" in caplog.text
     assert [keys(query_samples("folder", root)), keys(train_samples("folder", root)["visible"])] == expected
     assert len(find_images(root, "--images").paths) == count
-    assert "4 of pid -1, junk" in caplog.text
+    assert "junk, of pid -1 (4: infrared/-1, …)" in caplog.text
 
 
 def test_the_camera_in_a_files_name_is_read(tmp_path):

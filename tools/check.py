@@ -168,8 +168,8 @@ def not_taken(name: str, root: str | os.PathLike, taken: set[str]) -> list[str]:
     kinds = {
         f"not read, because {DATASETS[name].title} has no such camera: ": cameras,
         "not used, in no split: id ": pids,
-        f"not taken, {len(images)} images: ": images,
-        f"not taken, {len(others)} files without an image's suffix: ": others,
+        f"images not taken, {len(images)}: ": images,
+        f"files without an image's suffix not taken, {len(others)}: ": others,
     }
     return [kind + listed(names) for kind, names in kinds.items() if names]
 
