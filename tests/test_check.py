@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 from conftest import run_script, tiny_flags
+from layouts import llcm, regdb, small_sysu, write
 from PIL import Image
-from test_data_manager import llcm, regdb, small_sysu, write
 
 from data_manager import DATASETS
 from tools.check import check

@@ -10,8 +10,8 @@ import unicodedata
 import numpy as np
 import pytest
 from conftest import REPOSITORY, run_script, tiny_flags
+from layouts import keys, refused, write
 from PIL import Image
-from test_data_manager import keys, refused, write
 
 import synthetic
 from checkpoints import load_checkpoint
