@@ -103,6 +103,7 @@ class Evaluated:
         points, method = embed(np.concatenate(parts))
         return points, np.array(owners), modalities, method
 
+    @torch.no_grad()
     def maps(self, protocol: Protocol, queries: Sequence[int], ranked: Ranked) -> list[list[Picture]] | None:
         """A row for each of queries: it and the image ranked first, then its first match, each with its map.
 
@@ -125,6 +126,12 @@ class Evaluated:
             samples.modality: look(spread(np.array(samples.paths), AVERAGED)).float().mean(0).byte()
             for samples in (query, gallery)
         }
+
+        def maps(modality: str, image: torch.Tensor, compared: torch.Tensor) -> torch.Tensor:
+            embed_images = partial(embed_as, modality)
+            found = similarity_maps(embed_images, image, averages[modality], compared)
+            return F.interpolate(found[:, None], image.shape[:2], mode="bilinear")[:, 0]
+
         rows = []
         for q in queries:
             places = ranked.places[q][~ranked.ignored[q]]
@@ -132,17 +139,9 @@ class Evaluated:
             shown = list(dict.fromkeys([places[0], *places[right][:1]]))
             own, others = look([query.paths[q]]), look([gallery.paths[g] for g in shown])
             feature, features = embed_as(query.modality, own), embed_as(gallery.modality, others)
-
-            def maps(image, modality, compared):
-                average = averages[modality]
-                found = similarity_maps(partial(embed_as, modality), image, average, compared)
-                return F.interpolate(found[:, None], image.shape[:2], mode="bilinear")[:, 0]
-
-            row = []
-            for g, of_query, image, other in zip(
-                shown, maps(own[0], query.modality, features), others, features, strict=True
-            ):
-                of_other = maps(image, gallery.modality, feature)[0]
+            row, of_queries = [], maps(query.modality, own[0], features)
+            for g, of_query, image, other in zip(shown, of_queries, others, features, strict=True):
+                (of_other,) = maps(gallery.modality, image, feature)
                 strongest = max(heat.abs().max() for heat in (of_query, of_other)).clamp(min=1e-12)
                 kinds = "query", "right" if gallery.pids[g] == query.pids[q] else "wrong"
                 captions = (

@@ -1,5 +1,6 @@
 """What the network is given, where it looks, and what the figures, thumbnails and histories show."""
 
+import argparse
 import base64
 import io
 import json
@@ -16,9 +17,12 @@ from matplotlib.text import Text
 from PIL import Image
 
 from augmentation import normalize
+from data_manager import Samples
 from engine.events import Board, augmentation_grid
 from evaluation.cameras import CameraScore
+from evaluation.methods import Method
 from evaluation.protocols import Evaluation, Protocol
+from evaluation.rankings import Ranked
 from evaluation.scoring import Features
 from evaluation.similarity import (
     Similarities,
@@ -26,6 +30,7 @@ from evaluation.similarity import (
 )
 from model import GeM
 from reporting import figures, sprites
+from reporting.evaluated import Evaluated
 from reporting.learning import history_file, read_history
 from reporting.views import CELLS, embed, similarity_maps
 from synthetic import people, scenes
@@ -153,6 +158,62 @@ def test_the_map_lies_on_the_garment_in_which_people_differ(part):
     torch.testing.assert_close(mirrored, own.flip(1), rtol=0, atol=1e-6)
     blank = torch.full_like(average, 128)
     assert similarity_maps(see_patches, blank, blank, features).abs().max() < 1e-6  # nothing of its own
+
+
+class Corners(torch.nn.Module):
+    """A network that sees an infrared image's first quarter, and a visible one's last."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, visible=None, infrared=None):
+        seen = infrared[:, :, :32, :16] if visible is None else visible[:, :, 32:, 16:]
+        return self.weight * seen.mean((2, 3))
+
+
+def test_the_maps_of_a_pair_lie_where_each_of_the_two_is_seen(rng, tmp_path):
+    def samples(modality, pids, camid):
+        paths = [str(tmp_path / f"{modality}{k}.png") for k in range(len(pids))]
+        for path in paths:
+            Image.fromarray(rng.integers(0, 256, (64, 32, 3), dtype=np.uint8)).save(path)
+        return Samples(paths, np.array(pids), np.full(len(pids), camid), modality)
+
+    protocol = Protocol("sysu", "all")
+    pair = samples("infrared", [1, 2], 3), samples("visible", [1, 2, 2], 1)
+    evaluation = Evaluation({(protocol, 0): pair})
+    args = argparse.Namespace(dataset="sysu", img_h=64, img_w=32, test_batch=10)
+    images = argparse.Namespace(height=64, width=32, pixel_range=None)
+    method = Method("a", args, [], evaluation, network=Corners(), images=images)
+    places = [np.array([1, 0]), np.array([2, 0, 1])]
+    ranked = Ranked(places, [place < 0 for place in places], [])
+    first, second = Evaluated("a", method, None).maps(protocol, [0, 1], ranked)
+    assert [kind for _, kind, _ in first] == ["query", "", "wrong", "", "query", "", "right", ""]
+    assert [kind for _, kind, _ in second] == ["query", "", "right", ""]
+    for row in (first, second):
+        for k in range(1, len(row), 4):  # what is two cells further away has no hue
+            of_query, of_other = (np.ptp(row[place][0], axis=2) > 0 for place in (k, k + 2))
+            assert of_query[:32, :16].mean() > 0.5 < of_other[32:, 16:].mean()
+            assert not of_query[48:].any()
+            assert not of_other[:16].any()
+
+    heats, own = [], [pair[0].paths[1], pair[1].paths[2]]  # the second row, by hand
+    network = {
+        s.modality: lambda x, m=s.modality: F.normalize(method.network(**{m: normalize(x)})) for s in pair
+    }
+    for samples_of, path, other in zip(pair, own, own[::-1], strict=True):
+        every = np.stack([np.asarray(Image.open(p)) for p in samples_of.paths])
+        average, image = every.mean(0).astype(np.uint8), np.array(Image.open(path))
+        other_modality = next(s.modality for s in pair if s is not samples_of)
+        feature = network[other_modality](torch.from_numpy(np.array(Image.open(other)))[None])
+        maps = similarity_maps(
+            network[samples_of.modality], *map(torch.from_numpy, (image, average)), feature
+        )
+        heats.append(F.interpolate(maps[None], (64, 32), mode="bilinear")[0, 0].numpy())
+    strongest = max(np.abs(heat).max() for heat in heats)
+    for shown, heat, path in zip((second[1], second[3]), heats, own, strict=True):
+        expected = figures.overlay(np.array(Image.open(path)), heat / strongest)
+        assert np.abs(shown[0].astype(int) - expected).max() <= 1
 
 
 def test_the_overlay_has_two_hues():
