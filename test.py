@@ -26,6 +26,7 @@ from devices import Processes
 from evaluation.exports import save_features, save_json, save_mat
 from evaluation.flags import RUNTIMES, evaluation_flags
 from evaluation.methods import Method, find_methods
+from evaluation.protocols import OWN_GALLERY
 from evaluation.tables import STYLES, camera_scores, camera_table, heading, table
 from utils import Parser, UserError, log, log_to_terminal, refuse_unwritable, run_script
 
@@ -58,6 +59,8 @@ def refuse_wrong_outputs(args: argparse.Namespace, methods: Sequence[Method]) ->
             raise UserError(f"{flag}: choose one of the methods and seeds")
         if len(methods[0].sources[0]) > 1:
             raise UserError(f"{flag}: RegDB has a model per trial: choose one with --trial N")
+        if methods[0].evaluation.protocols[0].galleries == OWN_GALLERY:
+            raise UserError(f"{flag}: {methods[0].name} does not say which images its features are of")
     for path in filter(None, (args.json, args.save_features)):
         if Path(path).is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
@@ -73,6 +76,9 @@ def main(words: Sequence[str]) -> None:
     args = get_args_parser().parse_args(words)
     if args.flip and args.features:
         raise UserError("--flip: files of features hold no mirror images")
+    typed = {word.partition("=")[0].replace("_", "-") for word in words}
+    if not args.resume and (idle := typed & {"--runtime", "--img-h", "--img-w", "--amp"}):
+        raise UserError(f"{', '.join(sorted(idle))}: for networks, and --features has none")
     methods = find_methods(get_args_parser, words, more=bool(args.save_mat))
     refuse_wrong_outputs(args, methods)
     device = processes.join(args.gpu)

@@ -16,7 +16,7 @@ from evaluation.files import mat_file
 from evaluation.intervals import MEASURES, Jackknife
 from evaluation.methods import Method, difference
 from evaluation.scoring import Features
-from evaluation.tables import counts_of, rows_of, warnings
+from evaluation.tables import counts_of, every_warning, rows_of
 from utils import versions, whole_file
 
 
@@ -65,10 +65,9 @@ def save_json(
     cameras: tables.camera_scores; a row without them has null there, as a pair without a match has for its
     metrics. With several seeds the metrics of trials are of the mean over seeds.
     """
-    rows, counts = [], {}
+    rows = []
     for title, row, method in rows_of(methods):
         found, scores = counts_of(method.evaluation), method.results[row]
-        counts |= found
         protocol, flip, rerank = row
         paired = None if method is methods[0] else difference(row, method, methods[0])
         trials = dict(zip(method.trials, map(_numbers, scores.by_trial), strict=True))
@@ -77,23 +76,25 @@ def save_json(
             | {"method": method.name, "flip": flip, "rerank": rerank}
             | {"counts": {trial: asdict(found[protocol, trial]) for trial in method.trials}}
             | {"trials": trials}
-            | {"mean": _numbers(scores.mean), "std": _numbers(scores.over_trials)}
+            | {"mean": _numbers(scores.mean)}
+            | {"std": _numbers(scores.over_trials) if len(scores.seeds[0]) > 1 else None}
             | {"std_over_seeds": _numbers(scores.over_seeds) if len(scores.seeds) > 1 else None}
-            | {"intervals": _intervals(scores.jackknife), "difference": _intervals(paired)}
+            | {"intervals": _intervals(scores.jackknife, test=False), "difference": _intervals(paired)}
             | {"cameras": _cameras((cameras or {}).get(title))}
         )
     report = {"checkpoints": [fact for method in methods for fact in method.facts]}
     report |= {"settings": vars(methods[0].args), "versions": versions()}
-    report |= {"device": str(device), "warnings": warnings(counts), "results": rows}
+    report |= {"device": str(device), "warnings": every_warning(methods), "results": rows}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1, default=_plain), encoding="utf-8")
 
 
-def _intervals(jackknife: Jackknife | None) -> dict[str, dict] | None:
-    """95 % intervals of mAP and rank-1; half and p are null with too few persons."""
+def _intervals(jackknife: Jackknife | None, test: bool = True) -> dict[str, dict] | None:
+    """95 % intervals of mAP and rank-1; half and p are null with too few persons. test: there is a p."""
     if jackknife is None:
         return None
-    return {measure: _nulled(jackknife.interval(measure)) for measure in MEASURES}
+    found = {measure: _nulled(jackknife.interval(measure)) for measure in MEASURES}
+    return found if test else {measure: values | {"p": None} for measure, values in found.items()}
 
 
 def _cameras(pairs: CameraScores | None) -> list[dict] | None:

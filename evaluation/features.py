@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,12 @@ from evaluation.files import read_arrays
 from evaluation.flags import chosen_trials, protocols_of
 from evaluation.protocols import OWN_GALLERY, Evaluation, Protocol, refuse_without_match
 from evaluation.scoring import Features
+from readers.regdb import CAMIDS
+from readers.sysu import GALLERY_CAMERAS
 from utils import UserError, log
 
 BLOCK = 4096  # rows that are checked at a time
+UNIT = 1e-6  # how far a norm in float32 may be from 1, and equal features from each other
 
 
 @dataclass
@@ -35,7 +38,7 @@ class FeatureFile:
 
 
 def read_features(
-    args: argparse.Namespace, name: str, evaluation: Evaluation | None = None
+    args: argparse.Namespace, name: str, evaluation: Evaluation | None = None, more: bool = False
 ) -> tuple[list[FeatureFile], Evaluation]:
     """Read a file of features, or with {trial} in its name one for each trial.
 
@@ -43,6 +46,7 @@ def read_features(
         args: see flags.settings_of.
         name: of the file or folder.
         evaluation: of another seed of the method, which must be the same; None: draw it.
+        more: see methods.find_methods.
 
     Raises:
         UserError: a file that is missing, not readable as one of the formats above, or does not fit.
@@ -67,12 +71,21 @@ def read_features(
     root = data_manager.dataset_root(args.dataset, args.data_path)
     if evaluation is None:
         used = [trial for own in paths.values() for trial in own]
-        evaluation = Evaluation.draw(root, protocols_of(args), used, args.allow_short, copies=False)
+        every = every_image(args, more)
+        evaluation = Evaluation.draw(root, protocols_of(args), used, args.allow_short, every, copies=False)
     files = []
     for path, own in paths.items():
         images = evaluation.images(own[0] if len(paths) > 1 else None)
         files.append(FeatureFile(path, *_match(args, path, contents[path], images, root, own)))
     return files, evaluation
+
+
+def every_image(args: argparse.Namespace, wanted: bool) -> list[Samples]:
+    """Where wanted, all test images of SYSU-MM01, as --save-mat writes them."""
+    if not wanted or args.dataset != "sysu":
+        return []
+    root = data_manager.dataset_root("sysu", args.data_path)
+    return list(data_manager.read_split("sysu", root, "test").values())
 
 
 def _match(
@@ -115,8 +128,8 @@ def _match(
     lacking = [key for key, (path, _, modality) in known.items() if path not in rows[modality]]
     title = DATASETS[args.dataset].title
     for what, some in (
-        (f"images of {title} are missing", lacking),
         ("images are there twice", twice),
+        (f"images of {title} are missing", lacking),
         ("images have another id than the dataset's", wrong),
     ):
         if some:
@@ -129,6 +142,8 @@ def _match(
             name, f"{len(others):,}", f"{len(paths):,}", title, lacks, paths[others[0]],
         )  # fmt: skip
     tensor, told = check(array, name, paths, args.distance)
+    for modality, own in rows.items():
+        refuse_equal(tensor, list(own.values()), f"{name}: {modality}")
     told = f"{found:,} features by path, {told}"
     return Features(rows, dict.fromkeys(CAPTURED, tensor), args.distance), list(trials), told
 
@@ -140,7 +155,12 @@ def _pair(
     if "query" not in content:
         raise UserError(f"{name}: is by path, other files of --features hold one query and gallery")
     if len(args.mode) > 1 or len(args.shot) > 1:
-        raise UserError(f"{name}: holds one query and gallery: which --mode, and which --shot?")
+        choice = "which --mode?" if len(args.shot) == 1 else "which --mode, and which --shot?"
+        raise UserError(f"{name}: holds one query and gallery: {choice}")
+    if args.dataset != "regdb" and args.trial != "all":
+        raise UserError(f"--trial {args.trial}: {name} holds one query and gallery")
+    if args.galleries != "seeded":
+        raise UserError(f"--galleries {args.galleries}: {name} holds its own gallery")
     mode, facts = args.mode[0], DATASETS[args.dataset]
     if mode not in facts.modes:
         raise UserError(f"--mode {mode}: choose from {', '.join(facts.modes)}")
@@ -155,6 +175,7 @@ def _pair(
         camids = np.zeros(len(part["pids"]), np.int64) if camids is None else camids
         paths = [f"{name} {side} {k}" for k in range(len(part["pids"]))]
         tensors[modality], words = check(part["features"], f"{name}, {side}", paths, args.distance)
+        refuse_equal(tensors[modality], range(len(paths)), f"{name}: {side}")
         rows[modality] = {path: k for k, path in enumerate(paths)}
         samples.append(Samples(paths, part["pids"], camids, modality))
         told.append(f"{len(paths):,} {side} features, {words}")
@@ -162,6 +183,7 @@ def _pair(
     if len(lengths := {tensor.shape[1] for tensor in tensors.values()}) > 1:
         raise UserError(f"{name}: query and gallery features of lengths {sorted(lengths)}")
     refuse_wrong_cameras(protocol, query.camids, gallery.camids, name)
+    protocol = replace(protocol, shot=own_shot(protocol, gallery, name))
     refuse_without_match(protocol, query, gallery, name)
     _tell_foreign_ids(args, name, np.union1d(query.pids, gallery.pids))
     return protocol, (query, gallery), Features(rows, tensors, args.distance), "; ".join(told)
@@ -170,21 +192,35 @@ def _pair(
 def refuse_wrong_cameras(protocol: Protocol, q_camids: np.ndarray, g_camids: np.ndarray, name: str) -> None:
     """Raise UserError where cameras show that query and gallery are swapped, or are not the dataset's."""
     facts = DATASETS[protocol.dataset]
-    cameras = {"visible": {1}, "infrared": {2}}
-    if protocol.dataset == "sysu":
-        cameras = {"visible": {1, 2, 4, 5}, "infrared": {3, 6}}
-    elif protocol.dataset != "regdb" or not (q_camids.any() or g_camids.any()):
+    if protocol.dataset == "folder" or not (q_camids.any() or g_camids.any()):
         return
+    known = facts.cameras or {modality: (camid,) for modality, camid in CAMIDS.items()}  # RegDB has no more
+    cameras = {modality: set(known[modality]) for modality in CAPTURED}
     asked, searched = facts.query_modality[protocol.mode], facts.gallery_modality(protocol.mode)
     queries, images = set(q_camids.tolist()), set(g_camids.tolist())
-    if queries <= cameras[asked] and images <= cameras[searched]:
+    wanted = set(GALLERY_CAMERAS[protocol.mode]) if protocol.dataset == "sysu" else cameras[searched]
+    if queries <= cameras[asked] and images <= wanted:
         return
     shown = f"query cameras {sorted(queries)[:9]}, gallery cameras {sorted(images)[:9]}"
+    if queries <= cameras[asked] and images <= cameras[searched]:
+        raise UserError(f"{name}: not a gallery of --mode {protocol.mode}: {shown}")
     if queries <= cameras[searched] and images <= cameras[asked]:
         raise UserError(f"{name}: query and gallery are swapped for {protocol.mode}: {shown}")
-    if protocol.dataset == "sysu":
+    if protocol.dataset != "regdb":  # whose cameras may have any numbers
         zero = ": they count from 0, and the dataset from 1" if 0 in queries | images else ""
-        raise UserError(f"{name}: not {facts.title}'s {asked} queries in a {searched} gallery: {shown}{zero}")
+        raise UserError(
+            f"{name}: not {facts.title}'s {asked} queries in a gallery of {searched} images: {shown}{zero}"
+        )
+
+
+def own_shot(protocol: Protocol, gallery: Samples, name: str) -> int:
+    """The most images of an id and camera in a gallery of SYSU-MM01; UserError for one and --shot 10."""
+    if protocol.dataset != "sysu":
+        return protocol.shot
+    largest = int(np.unique([gallery.pids, gallery.camids], axis=1, return_counts=True)[1].max())
+    if largest == 1 < protocol.shot:
+        raise UserError(f"{name}: one gallery image of an id and camera, which is not --shot {protocol.shot}")
+    return largest
 
 
 def _tell_foreign_ids(args: argparse.Namespace, name: str, pids: np.ndarray) -> None:
@@ -205,29 +241,35 @@ def _tell_foreign_ids(args: argparse.Namespace, name: str, pids: np.ndarray) -> 
 
 
 def check(array: np.ndarray, name: str, names: Sequence[str], distance: str) -> tuple[torch.Tensor, str]:
-    """Features (N, D) as float32, unit for the cosine distance, and what they are in words.
+    """Features (N, D) as float32, for the cosine distance divided by their norms, and what they are in words.
+
+    array: of any floating-point type; one of float32 is changed in place.
 
     Raises:
-        UserError: not a table of numbers, not finite, all equal, or without a length to divide by.
+        UserError: not finite, too large for float32, or without a length to divide by.
     """
-    if array.ndim != 2 or array.dtype.kind != "f" or not array.size:
-        raise UserError(
-            f"{name}: features must be floating-point numbers (N, D), not {array.dtype} {array.shape}"
-        )
     words = f"{array.shape[1]:,} {array.dtype.newbyteorder('=')} each"
-    features = np.require(array, np.float32, "CW")
-    norms = np.empty(len(features))  # in float64 infinite or NaN only where a number is
-    for start in range(0, len(features), BLOCK):
-        rows = torch.from_numpy(features[start : start + BLOCK])
-        norms[start : start + BLOCK] = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    single = array.dtype == np.float32 and array.dtype.isnative and array.flags.c_contiguous
+    features = array if single and array.flags.writeable else np.empty(array.shape, np.float32)
+    norms = np.empty(len(array))  # in float64 infinite or NaN only where a number is
+    for start in range(0, len(array), BLOCK):
+        part = slice(start, start + BLOCK)
+        rows = array[part].astype(np.float32 if array.dtype.itemsize <= 4 else np.float64)
+        norms[part] = torch.linalg.vector_norm(torch.from_numpy(rows), dim=1, dtype=torch.float64)
+        with np.errstate(all="ignore"):  # what goes wrong is told below
+            if distance == "cosine":
+                off = np.abs(norms[part] - 1) > UNIT
+                rows[off] /= norms[part][off, None].astype(rows.dtype)
+            features[part] = rows
     if len(bad := np.flatnonzero(~np.isfinite(norms))):
         raise UserError(f"{name}: {len(bad):,} features are not finite, for instance of {names[bad[0]]}")
-    equal = all((features[k : k + BLOCK] == features[0]).all() for k in range(0, len(features), BLOCK))
-    if equal and len(features) > 1:
-        raise UserError(f"{name}: all {len(features):,} features are equal")
     if distance == "euclidean":
+        if norms.max() > np.finfo(np.float32).max ** 0.5:
+            raise UserError(
+                f"{name}: features are too large for single precision: norms up to {norms.max():.4g}"
+            )
         return torch.from_numpy(features), f"{words}, Euclidean distance"
-    if norms.min() < 1e-12:
+    if not norms.all():
         raise UserError(f"{name}: a feature is zero: {names[int(norms.argmin())]}")
     if norms.min() < 0.99 or norms.max() > 1.01:
         log.warning(
@@ -235,5 +277,12 @@ def check(array: np.ndarray, name: str, names: Sequence[str], distance: str) -> 
             name, norms.min(), norms.max(),
         )  # fmt: skip
         words += f", divided by norms of {norms.min():.4g} to {norms.max():.4g}"
-        features = features / norms[:, None].astype(np.float32)
     return torch.from_numpy(features), f"{words}, cosine distance"
+
+
+def refuse_equal(features: torch.Tensor, rows: Sequence[int], name: str) -> None:
+    """Raise UserError if these rows of unit or other features are all the same but for rounding."""
+    first = features[rows[0]]
+    blocks = (features[list(rows[k : k + BLOCK])] for k in range(0, len(rows), BLOCK))
+    if len(rows) > 1 and all((block - first).abs().max() <= UNIT * first.abs().max() for block in blocks):
+        raise UserError(f"{name}: all {len(rows):,} features are equal")

@@ -52,22 +52,24 @@ def read_arrays(args: argparse.Namespace, name: str) -> dict:
     path = Path(name)
     if not path.exists():
         raise UserError(f"--features {name}: no such file")
-    if (path.suffix == ".npy") != bool(args.images):
-        raise UserError(f"--features {name}: a .npy needs --images LIST, and only a .npy takes it")
+    if path.suffix == ".npy" and not args.images:
+        raise UserError(f"--features {name}: a .npy needs --images LIST")
     if path.is_dir():
         return _read_cells(args, path)
     arrays = _load(path)
     if isinstance(arrays, np.ndarray):
-        return {"images": (_read_list(Path(args.images)), arrays, None)}
+        return {"images": (_read_list(Path(args.images)), _table(arrays, name, "features"), None)}
     if any(f"{modality}_features" in arrays for modality in CAPTURED):
         parts = []
         for modality in CAPTURED:
             names = [f"{modality}_{key}" for key in ("features", "paths", "pids")]
             if lacking := [key for key in names if key not in arrays]:
                 raise UserError(f"{name}: lacks {', '.join(lacking)}")
-            parts.append(
-                (arrays[names[0]], _texts(arrays[names[1]]), _numbers(arrays[names[2]], name, names[2]))
-            )
+            part = _table(arrays[names[0]], name, names[0]), _texts(arrays[names[1]])
+            parts.append((*part, _numbers(arrays[names[2]], name, names[2])))
+            for key, values in zip(names[1:], parts[-1][1:], strict=True):
+                if len(values) != len(part[0]):
+                    raise UserError(f"{name}: {len(values):,} {key} for features {part[0].shape}")
         features, paths, pids = zip(*parts, strict=True)
         if len({part.shape[-1] for part in features}) > 1:
             raise UserError(f"{name}: features of {features[0].shape} and {features[1].shape}")
@@ -107,7 +109,8 @@ def _side(arrays: Mapping, side: str, name: str) -> dict[str, np.ndarray | None]
             raise UserError(f"{name}: {' and '.join(there)}: which one?")
         if there:
             value = arrays[there[0]]
-            found[key] = value if key == "features" else _numbers(value, name, there[0])
+            check = _table if key == "features" else _numbers
+            found[key] = check(value, name, there[0])
         elif key != "camids":
             raise UserError(
                 f"{name}: no {side}_{endings[0]} (nor {', '.join(f'_{e}' for e in endings[1:])}); it holds "
@@ -119,6 +122,15 @@ def _side(arrays: Mapping, side: str, name: str) -> dict[str, np.ndarray | None]
             hint = "; features are (N, D)" if len(found[key]) in shape else ""
             raise UserError(f"{name}: {len(found[key]):,} {side} {key} for features {shape}{hint}")
     return found
+
+
+def _table(values: np.ndarray, name: str, key: str) -> np.ndarray:
+    """values, if they are floating-point numbers (N, D); else UserError."""
+    if values.ndim != 2 or values.dtype.kind != "f" or not values.size:
+        raise UserError(
+            f"{name}: {key} must be floating-point numbers (N, D), not {values.dtype} {values.shape}"
+        )
+    return values
 
 
 def _numbers(values: np.ndarray, name: str, key: str) -> np.ndarray:
@@ -138,7 +150,8 @@ def _numbers(values: np.ndarray, name: str, key: str) -> np.ndarray:
 
 def _texts(values: np.ndarray) -> list[str]:
     """Paths of an array of text, or of MATLAB's padded rows or cells."""
-    return [str(np.asarray(value).item()).rstrip() for value in np.asarray(values).ravel()]
+    texts = (np.asarray(value).item() for value in np.asarray(values).ravel())
+    return [(t.decode(errors="replace") if isinstance(t, bytes) else str(t)).rstrip() for t in texts]
 
 
 def _read_cells(args: argparse.Namespace, folder: Path) -> dict:
@@ -174,6 +187,8 @@ def _read_cells(args: argparse.Namespace, folder: Path) -> dict:
 
 def _read_list(path: Path) -> list[str]:
     """The paths of a text file, one a line, or of a CSV: its column path, or its first if it has no such."""
+    if not path.exists():
+        raise UserError(f"--images {path}: no such file")
     if path.suffix != ".csv":
         return [line for _, line in read_lines(path)]
     try:

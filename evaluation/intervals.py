@@ -71,8 +71,11 @@ class Jackknife:
     def near_everyone(self) -> tuple[Hashable, float] | None:
         """The gallery person whose absence changes mAP most, and by how much; None where nobody stands out.
 
-        Somebody does where the interval is more than 1.2 times the one with the gallery kept.
+        Somebody does where the interval is more than 1.2 times the one with the gallery kept; with fewer than
+        MARKED persons that is chance.
         """
+        if len(self.persons) < MARKED:
+            return None
         if not self.interval("mAP").half > 1.2 * self.interval("mAP", gallery=False).half:
             return None
         change = (self.deleted - self.unasked)[:, 0]

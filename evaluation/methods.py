@@ -15,7 +15,7 @@ import torch
 import data_manager
 from eval_metrics import Metrics, summarize
 from evaluation import intervals
-from evaluation.features import FeatureFile, read_features
+from evaluation.features import FeatureFile, every_image, read_features
 from evaluation.flags import protocols_of, settings_of
 from evaluation.intervals import Jackknife
 from evaluation.protocols import Evaluation, Protocol
@@ -128,12 +128,14 @@ def find_methods(make_parser: Callable[[], Parser], words: Sequence[str], more: 
     Args:
         make_parser: gives a parser with evaluation_flags.
         words: the command line.
-        more: embed every test image, also those that no protocol uses.
+        more: take every test image, also those that no protocol uses.
 
     Raises:
         UserError: nothing to evaluate, or what cannot be.
     """
     typed = make_parser().parse_args(words)
+    if typed.images and not any(name.endswith(".npy") for name in typed.features):
+        raise UserError(f"--images {typed.images}: it says what the rows of a --features FILE.npy are")
     flags = [word.partition("=")[0] for word in words]
     order = sorted(
         ("resume", "features"), key=lambda name: flags.index(f"--{name}") if f"--{name}" in flags else -1
@@ -142,7 +144,8 @@ def find_methods(make_parser: Callable[[], Parser], words: Sequence[str], more: 
     if not names:
         raise UserError("nothing to evaluate: set --resume or --features (--help lists the flags)")
     if len(set(names)) < len(names):
-        raise UserError("the same checkpoint twice, or the same features")
+        flag, name = next(pair for pair in names if names.count(pair) > 1)
+        raise UserError(f"--{flag} {name}: given twice")
     methods: list[Method] = []
     for flag, name in names:
         dataset = methods[0].args.dataset if methods else None
@@ -162,8 +165,7 @@ def _find_checkpoints(make_parser, words, name, dataset, more) -> Method:
     if any([trial for model in models for trial in model.trials] != trials for models in sources):
         raise UserError(f"--resume {name}: its seeds do not have the same trials")
     root = data_manager.dataset_root(args.dataset, args.data_path)
-    every = data_manager.read_split("sysu", root, "test").values() if more and args.dataset == "sysu" else ()
-    evaluation = Evaluation.draw(root, protocols_of(args), trials, args.allow_short, list(every))
+    evaluation = Evaluation.draw(root, protocols_of(args), trials, args.allow_short, every_image(args, more))
     for models in sources if args.dataset == "regdb" else ():
         for model in models:
             refuse_trained_on(model, root)
@@ -175,7 +177,7 @@ def _find_files(make_parser, words, name, dataset, more) -> Method:
     args = settings_of(make_parser(), words, typed.dataset or dataset or "sysu", typed.trial, {})
     sources, evaluation = [], None
     for path in seeds_of(name, "--features", typed.model_path):
-        files, evaluation = read_features(args, path, evaluation)
+        files, evaluation = read_features(args, path, evaluation, more)
         sources.append(files)
     return Method(name, args, sources, evaluation)
 

@@ -43,8 +43,9 @@ class Protocol:
         """The title without the dataset."""
         words = [self.mode.replace("-", " ")]
         if self.dataset == "sysu":
+            other = f"up to {self.shot} images of an id and camera"  # in a file's gallery
             words += [
-                {1: "single-shot", 10: "multi-shot"}[self.shot],
+                {1: "single-shot", 10: "multi-shot"}.get(self.shot, other),
                 f"{self.galleries} galler{'y' if self.galleries == OWN_GALLERY else 'ies'}",
             ]
         elif self.galleries == OWN_GALLERY:

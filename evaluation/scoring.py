@@ -93,6 +93,12 @@ def score(
             values, jackknife = evaluate(features.trial(*pair), protocol.rule, function, features.distance)
         except ValueError as error:
             raise UserError(f"{protocol.title}: {error}") from error
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DefaultCPUAllocator" not in str(error):
+                raise
+            what = f"{rerank} re-ranking" if rerank else "evaluation"
+            sizes = "{:,} queries and {:,} gallery images".format(*map(len, pair))
+            raise UserError(f"{protocol.title}: not enough memory for {what} of {sizes}") from error
         if intervals and protocol.dataset == "regdb" and number_of_trials > 1:
             own = protocol.galleries == OWN_GALLERY  # then no paths say who it is
             jackknife = None if own else jackknife.renamed(_persons_of_regdb(*pair))

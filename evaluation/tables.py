@@ -128,13 +128,13 @@ def table(lines: Sequence[str], methods: Sequence[Method], style: str = "text") 
         else:
             rows.append((title, scores.mean))
         if len(methods) > 1:
-            differences.append(_difference_cells(row, method, methods[0]))
+            differences.append(difference_cells(row, method, methods[0]))
     names = [f"{word} of {measure} to A" for measure in ("rank-1", "mAP") for word in ("difference", "p")]
     columns = zip(*differences, strict=True)
     return results_table(lines, rows, style, dict(zip(names, columns, strict=True)) if differences else None)
 
 
-def _difference_cells(row: Row, method: Method, first: Method) -> list[str]:
+def difference_cells(row: Row, method: Method, first: Method) -> list[str]:
     """Of rank-1 and mAP: the difference to the first method with its interval, and the p-value."""
     if method is first:
         return [""] * 4
@@ -158,7 +158,8 @@ def in_words(jackknife: Jackknife) -> str:
         half = f" ± {100 * interval.half:.1f}" if count >= PRINTED else ""
         parts.append(f"{measure} {100 * interval.value:.1f}{half}")
     few = ", few persons" if PRINTED <= count < MARKED else ""
-    sure = f"95 %, {count} persons{few}" if count >= PRINTED else f"{count} persons: too few for an interval"
+    persons = f"{count} person{'s' if count > 1 else ''}"
+    sure = f"95 %, {persons}{few}" if count >= PRINTED else f"{persons}: too few for an interval"
     return f"{', '.join(parts)} ({sure})"
 
 
@@ -194,20 +195,18 @@ def heading(methods: Sequence[Method]) -> list[str]:
     """What a table's numbers are: dataset, trials; methods, their selection; images, queries; warnings."""
     first = methods[0]
     facts = DATASETS[first.args.dataset]
-    counts = {}
-    for method in methods:
-        counts |= counts_of(method.evaluation)
+    counts = [pair for method in methods for pair in counts_of(method.evaluation).items()]
     lines = [f"{facts.title}, per cent, {_scope(first)}"]
     for k, method in enumerate(methods):
         lines.append((f"{letter(k)}: " if len(methods) > 1 else "") + _origin(method))
         if _scope(method) != _scope(first):
             lines[-1] += f"; {_scope(method)}"
-    for protocol in dict.fromkeys(protocol for protocol, _ in counts):
-        words = _distinct((str(found) for (own, _), found in counts.items() if own == protocol), "; or ")
+    for protocol in dict.fromkeys(protocol for (protocol, _), _ in counts):
+        words = _distinct((str(found) for (own, _), found in counts if own == protocol), "; or ")
         lines.append(f"{protocol.row}: {words}")
     if any(rerank == "aim" for method in methods for _, _, rerank in method.results):
         lines.append("aim re-ranking: one query at a time it is the same")
-    return lines + [f"warning: {warning}" for warning in warnings(counts)] + how_sure(methods)
+    return lines + [f"warning: {warning}" for warning in every_warning(methods)] + how_sure(methods)
 
 
 def _scope(method: Method) -> str:
@@ -302,6 +301,12 @@ def counts_of(evaluation: Evaluation) -> dict[tuple[Protocol, int], Counts]:
         numbers = len(query), len(gallery), len(identities), len(candidates), int(has_match.sum())
         found[protocol, trial] = Counts(*numbers)
     return found
+
+
+def every_warning(methods: Sequence[Method]) -> list[str]:
+    """The warnings of all methods, each once."""
+    counts = (counts_of(method.evaluation) for method in methods)
+    return list(dict.fromkeys(words for own in counts for words in warnings(own)))
 
 
 def warnings(counts_of_all: Mapping[tuple[Protocol, int], Counts]) -> list[str]:

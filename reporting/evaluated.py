@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from augmentation import normalize
 from data_manager import Samples
-from eval_metrics import QueryValues
+from eval_metrics import QueryValues, ignored_pairs
 from evaluation.methods import Method
 from evaluation.protocols import OWN_GALLERY, Evaluation, Protocol
 from evaluation.rankings import Ranked, rank_queries
@@ -107,7 +107,8 @@ class Evaluated:
     def maps(self, protocol: Protocol, queries: Sequence[int], ranked: Ranked) -> list[list[Picture]] | None:
         """A row for each of queries: it and the image ranked first, then its first match, each with its map.
 
-        They show where the pair's similarity comes from, see views.similarity_maps. None: no network.
+        Where no match is listed, it is the one with the nearest feature. Maps show where the pair's
+        similarity comes from, see views.similarity_maps. None: no network.
         """
         network, args = self.method.network, self.method.args
         if network is None:
@@ -135,8 +136,9 @@ class Evaluated:
         rows = []
         for q in queries:
             places = ranked.places[q][~ranked.ignored[q]]
-            right = gallery.pids[places] == query.pids[q]
-            shown = list(dict.fromkeys([places[0], *places[right][:1]]))
+            right = places[gallery.pids[places] == query.pids[q]]
+            match = right[0] if len(right) else self._nearest_match(protocol, q)
+            shown = list(dict.fromkeys([places[0], match]))
             own, others = look([query.paths[q]]), look([gallery.paths[g] for g in shown])
             feature, features = embed_as(query.modality, own), embed_as(gallery.modality, others)
             row, of_queries = [], maps(query.modality, own[0], features)
@@ -155,6 +157,15 @@ class Evaluated:
                     row.append((overlay(pixels, (heat / strongest).numpy()), "", "where"))
             rows.append(row)
         return rows
+
+    def _nearest_match(self, protocol: Protocol, q: int) -> int:
+        """The counted match whose feature is most like the q-th query's."""
+        query, gallery = self.evaluation.samples[protocol, self.trial]
+        ids = query.pids[[q]], gallery.pids, query.camids[[q]], gallery.camids
+        matches = np.flatnonzero((gallery.pids == ids[0]) & ~ignored_pairs(protocol.rule, *ids)[0])
+        features = self.method.features
+        similarities = features.of(gallery)[matches] @ features.of(query)[q]
+        return int(matches[similarities.argmax().item()])
 
     def ranking(self, protocol: Protocol, queries: Sequence[int], ranked: Ranked) -> list[list[Picture]]:
         """A row for each of queries: the query, then the images ranked first for it."""

@@ -80,7 +80,9 @@ def cmc(curves: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Fi
 
     curves: {protocol: {label: (mean (R,), deviation over trials (R,)), in [0, 1]}}.
     """
-    figure, axes = _panels(1, len(curves), 4.4 * len(curves), 3.5)
+    many = max(len(lines) for lines in curves.values())
+    below = 0.33 * many if many > 3 else 0  # inches: where they would cover the curves, their names are below
+    figure, axes = _panels(1, len(curves), 4.4 * len(curves), 3.5 + below)
     for axis, (protocol, lines) in zip(axes[0], curves.items(), strict=True):
         for k, (label, (mean, deviation)) in enumerate(lines.items()):
             ranks, style = np.arange(1, len(mean) + 1), k % len(COLORS)
@@ -97,7 +99,10 @@ def cmc(curves: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Fi
         low = min(0.9, *(mean[0] for mean, _ in lines.values()))
         axis.set_ylim(100 * max(0, low - 0.45 * (1 - low)), 101)  # room for the legend
         axis.set_xticks([1, *range(5, len(ranks) + 1, 5)])
-        axis.legend(loc="lower right")
+        if len(lines) <= 3:
+            axis.legend(loc="lower right")
+        else:
+            axis.legend(loc="upper left", bbox_to_anchor=(0, -0.18))
     return figure
 
 
@@ -271,8 +276,9 @@ def images(rows: Sequence[Sequence[tuple[np.ndarray, str, str]]], heading: Seque
                 axis.add_patch(Rectangle((left, bottom), wide, tall, fill=False, **line))
             middle = {"x": left + wide / 2, "ha": "center"}
             axis.text(y=bottom - 0.05, s=f"{mark} {caption}".strip(), fontsize=6.5, va="top", **middle)
-            if y == 0 and heading:
-                axis.text(y=bottom + tall + 0.06, s=heading[x], fontsize=8, va="bottom", **middle)
+    for x, words in enumerate(heading[:columns]):
+        left = gap + x * (wide + gap)
+        axis.text(left + wide / 2, size[1] - gap - 0.09, words, fontsize=8, va="bottom", ha="center")
     axis.set(xlim=(0, size[0]), ylim=(0, size[1]))  # imshow has moved them
     return figure
 

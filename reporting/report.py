@@ -1,6 +1,6 @@
 """The report: one HTML page of everything that an evaluation tells, which needs no network and no server."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -155,9 +155,17 @@ class Findings:
         return Panels(figures.curves, found) if found else None
 
 
-def write_figures(findings: Findings, names: Iterable[str], folder: Path) -> dict[str, Panels | Figure]:
-    """Write each figure as PNG and PDF; {name: what it is made of} of those that could be drawn."""
+def write_figures(
+    findings: Findings, names: Collection[str], folder: Path, demanded: bool = False
+) -> dict[str, Panels | Figure]:
+    """Write each figure as PNG and PDF; {name: what it is made of} of those that could be drawn.
+
+    demanded: raise UserError, before anything is written, where one of them cannot.
+    """
     drawn = {name: found for name in names if (found := getattr(findings, name)()) is not None}
+    for name in names if demanded else ():
+        if name not in drawn:
+            raise UserError(f"--figures {name}: {MISSING[name]}")
     for name, found in drawn.items():
         figures.save(found.draw(found.titled) if isinstance(found, Panels) else found, folder, name)
     return drawn
@@ -195,6 +203,8 @@ def write_page(findings: Findings, folder: Path, facts: Sequence[tuple[str, str]
         "columns": COLUMNS,
         "tiles": dict(zip(COLUMNS, per_cent(scores), strict=True)),
         "results": rows.result_rows(findings.lists),
+        "differences": ["Δ rank-1", "p", "Δ mAP", "p"] if len(findings.everyone) > 1 else [],
+        "sure": rows.sure_rows(findings.everyone),
         "side_by_side": rows.side_by_side(findings.lists),
         "confused_by": confused_by,
         "confused": rows.confused_rows(confused),

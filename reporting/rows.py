@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from markupsafe import Markup
 
+from evaluation.intervals import MEASURES
 from evaluation.scoring import rerank_title
 from evaluation.similarity import Similarities, equal_error_rate, overlap
-from evaluation.tables import counts_of, per_cent
+from evaluation.tables import COLUMNS, counts_of, difference_cells, how_sure, per_cent
 from reporting.comparing import OUTCOMES, Listed, outcomes
 from reporting.evaluated import Evaluated
 
@@ -29,7 +31,10 @@ def selection(each: Evaluated) -> str:
 
 
 def result_rows(lists: Sequence[Listed]) -> list[Cells]:
-    """Label, protocol, per cent as test.py prints them with their deviation, and what they stand on."""
+    """Label, protocol, per cent as test.py prints them with their intervals, and what they stand on.
+
+    Of several methods also rank-1's and mAP's differences to the first, each followed by its p-value.
+    """
     rows, counts = [], {}
     for protocol, each, rerank in lists:
         if each.label not in counts:
@@ -42,13 +47,21 @@ def result_rows(lists: Sequence[Listed]) -> list[Cells]:
         scores = each.method.results[protocol, False, rerank]
         trials = len(scores.by_trial)
         cells = [SCORE.format(mean) for mean in per_cent(scores.mean)]
-        if trials > 1:
-            deviations = per_cent(scores.over_trials)
-            cells = [SPREAD.format(*pair) for pair in zip(cells, deviations, strict=True)]
+        for measure in MEASURES if scores.jackknife else ():
+            half, place = scores.jackknife.interval(measure).half, COLUMNS.index(measure)
+            if not np.isnan(half):
+                cells[place] = SPREAD.format(cells[place], f"{100 * half:.1f}")
+        if len({each.label for _, each, _ in lists}) > 1:
+            cells += difference_cells((protocol, False, rerank), each.method, lists[0].each.method)
         title = protocol.row + rerank_title(rerank)
         based_on = queries if counted == queries else f"{counted} of {queries}"
         rows.append([each.label, title, *cells, based_on, gallery, identities, str(trials)])
     return rows
+
+
+def sure_rows(everyone: Sequence[Evaluated]) -> list[str]:
+    """What test.py says of intervals, of the drawn gallery and of seeds, in lines that begin with a label."""
+    return [f"{each.label}: {line}" for each in everyone for line in how_sure([each.method])]
 
 
 def spell(numbers: set[int]) -> str:
@@ -57,10 +70,12 @@ def spell(numbers: set[int]) -> str:
 
 
 def side_by_side(lists: Sequence[Listed]) -> list[Cells]:
-    """Two labels, the protocol and the counts of OUTCOMES: each list beside the first of its protocol."""
+    """Two labels, the protocol and the counts of OUTCOMES: each list beside the first one like it."""
     rows = []
     for k, second in enumerate(lists):
-        one = next(k for k, other in enumerate(lists) if other.protocol == second.protocol)
+        same = [i for i, other in enumerate(lists) if other.protocol == second.protocol]
+        one = next((i for i in same if lists[i].rerank == second.rerank), k)
+        one = same[0] if one == k else one  # a re-ranked list of the first method: beside its plain one
         first = lists[one]
         if one == k:
             continue

@@ -1,18 +1,21 @@
 """How often 95 % intervals of mAP hold the true value, by what is taken for the sample: docs/how-sure.md.
 
     python -m tests.interval_coverage [--populations 1000]
+    python -m tests.interval_coverage --pairs
 
 Test sets of SYSU-MM01's and RegDB's sizes are drawn anew, persons included, so that the mean over all of
 them is the true value. In the crowded ones everybody's queries share a direction, as images of another
-modality do, and some persons of the gallery lie in it.
+modality do, and some persons of the gallery lie in it. With --pairs two methods of the same worth, each with
+its own view of every person, are compared instead, at SYSU-MM01's size: how often does the interval of their
+difference not hold 0, and how large a difference would be noticed?
 """
 
 import argparse
 
 import numpy as np
 
-from eval_metrics import Trial
-from evaluation.intervals import MEASURES, evaluate_with_jackknife
+from eval_metrics import QueryValues, Trial
+from evaluation.intervals import MEASURES, Jackknife, evaluate_with_jackknife
 from tests.test_intervals import coverage, population, unit
 
 SIZES = {  # persons, queries and gallery images of each
@@ -24,6 +27,8 @@ KINDS = {  # how far queries go in the direction, the share of gallery persons t
     "a tenth of the gallery near everyone": (0.6, 0.1, 1.0),
     "a twentieth of it very near everyone": (1.0, 0.05, 3.0),
 }
+
+VIEW = 0.1  # how far apart the views of two methods are
 
 
 def crowded(rng: np.random.Generator, trial: Trial, asked: float, share: float, most: float) -> Trial:
@@ -37,12 +42,36 @@ def crowded(rng: np.random.Generator, trial: Trial, asked: float, share: float, 
     )
 
 
-def intervals(trial: Trial) -> list[tuple[float, float]]:
-    """(mAP, half-width) of three estimators of one test set."""
-    values, own = evaluate_with_jackknife(trial, "regdb")
-    value, error = own.whole[0], values.ap.std(ddof=1) / len(values.ap) ** 0.5
+def estimates(values: QueryValues, own: Jackknife) -> list[tuple[float, float]]:
+    """(mAP, half-width) of three estimators: queries, persons with the gallery kept, persons."""
+    error = values.ap.std(ddof=1) / len(values.ap) ** 0.5
     each = [own.interval(MEASURES[0], gallery=gallery)[:2] for gallery in (False, True)]
-    return [(value, 1.96 * error), *each]
+    return [(own.whole[0], 1.96 * error), *each]
+
+
+def one(rng: np.random.Generator, trial: Trial, how: tuple) -> list[tuple[float, float]]:
+    """The estimates of a test set's mAP."""
+    return estimates(*evaluate_with_jackknife(crowded(rng, trial, *how), "regdb"))
+
+
+def pair(rng: np.random.Generator, trial: Trial, how: tuple) -> list[tuple[float, float]]:
+    """The estimates of the difference of two methods' mAP, of which neither is better."""
+    found = []
+    for _ in range(2):
+        view = VIEW * rng.standard_normal((2, 1 + trial.q_pids.max(), trial.query_features.shape[1]))
+        seen = trial._replace(
+            query_features=unit(trial.query_features + view[0, trial.q_pids]),
+            gallery_features=unit(trial.gallery_features + view[1, trial.g_pids]),
+        )
+        found.append(evaluate_with_jackknife(crowded(rng, seen, *how), "regdb"))
+    (first, mine), (second, theirs) = found
+    return estimates(first._replace(ap=first.ap - second.ap), mine - theirs)
+
+
+def type_one_error(intervals: np.ndarray) -> float:
+    """The share of intervals (n, 2) that do not hold 0."""
+    value, half = intervals.T
+    return (abs(value) > half).mean()
 
 
 def main() -> None:
@@ -51,14 +80,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--populations", type=int, default=1000, help="test sets of each kind (1000)")
-    number, dim = parser.parse_args().populations, 24
+    parser.add_argument("--pairs", action="store_true", help="compare two methods of the same worth")
+    args, dim = parser.parse_args(), 24
+    measure, share = (pair, type_one_error) if args.pairs else (one, coverage)
     print("| test set | persons | per query | per person, gallery kept | **per person** |")
     print("|---|---|---:|---:|---:|")
-    for size, shape in SIZES.items():
+    for size, shape in list(SIZES.items())[: 1 if args.pairs else None]:
         for kind, how in KINDS.items():
             rng = np.random.default_rng(0)
-            found = [intervals(crowded(rng, population(rng, *shape, dim), *how)) for _ in range(number)]
-            cells = (f"{100 * coverage(each):.0f} %, ± {100 * each[:, 1].mean():.1f}"
+            found = [measure(rng, population(rng, *shape, dim), how) for _ in range(args.populations)]
+            cells = (f"{100 * share(each):.0f} %, ± {100 * each[:, 1].mean():.1f}"
                      for each in np.moveaxis(np.array(found), 1, 0))  # fmt: skip
             print(f"| {size} | {kind} | {' | '.join(cells)} |", flush=True)
 

@@ -10,7 +10,7 @@ from augmentation import normalize
 from data_manager import DATASETS, Samples
 from devices import Processes
 from eval_metrics import eval_sysu
-from evaluation import embedding
+from evaluation import embedding, scoring
 from evaluation.embedding import TestImages
 from evaluation.protocols import Evaluation, Protocol
 from evaluation.scoring import rerank_title, reranking_of, rerankings_of, score
@@ -148,6 +148,17 @@ def test_features_that_cannot_be_scored(sysu):
     features.tensors["visible"][0] = torch.nan
     with pytest.raises(UserError, match=r"SYSU-MM01, all, .*NaN"):
         score(evaluated, features)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate")])
+def test_too_little_memory_is_told(sysu, monkeypatch, error):
+    def rerank(query, gallery):
+        raise error
+
+    evaluated = Evaluation.draw(sysu, [ALL], [0])
+    monkeypatch.setattr(scoring, "reranking_of", lambda *_: rerank)
+    with pytest.raises(UserError, match=r"not enough memory for gnn re-ranking of .* queries and .* gallery"):
+        score(evaluated, embed(evaluated), "gnn")
 
 
 def test_flipping_averages_an_image_and_its_mirror(sysu):

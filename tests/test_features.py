@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ spec = importlib.util.spec_from_file_location("test_script", REPOSITORY / "test.
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 
+LLCM_MODE = "--mode", "visible-to-infrared"
 MODES = "--mode", "all", "indoor"
 
 
@@ -132,6 +134,15 @@ def test_saved_features_are_read_again(sysu, images, evaluate, tmp_path):
     assert first["results"][0]["mean"] == second["results"][0]["mean"]
 
 
+def test_matlab_s_cells_are_written_from_features(sysu, images, evaluate, tmp_path):
+    flags = write_npy_and_list(images, tmp_path)
+    evaluate("--features", *flags, "--data-path", sysu, "--save-mat", tmp_path / "cells")
+    flags = [flags[0], tmp_path / "cells", *flags[1:]]
+    again, *_ = evaluate("--features", *flags, "--data-path", sysu, *MODES)
+    same = [result["difference"] for result in again["results"] if result["method"].endswith("cells")]
+    assert [abs(own["mAP"]["value"]) < 1e-12 for own in same] == [True, True]
+
+
 def test_the_images_are_not_read(sysu, images, evaluate, tmp_path, monkeypatch):
     """Not even to look for copies of training images: that takes longer than all else."""
     monkeypatch.setattr(readers.samples, "same_content", lambda *_: pytest.fail("images are read"))
@@ -213,6 +224,21 @@ def test_features_that_are_not_unit_are_divided_and_told(images, evaluate, tmp_p
     assert "divided by norms of 0." in out.splitlines()[1]
 
 
+@pytest.mark.parametrize("kind", ["nearly unit", "huge", "tiny"])
+def test_the_cosine_is_of_unit_features_whatever_their_lengths(images, evaluate, tmp_path, kind):
+    arrays, rng = pair(images, None), np.random.default_rng(0)
+    np.savez(tmp_path / "unit.npz", **arrays)
+    for side in ("query_f", "gallery_f"):
+        length = rng.uniform(0.9901, 1.0099, (len(arrays[side]), 1))
+        length = {"huge": 1e60, "tiny": 1e-60}.get(kind, length)
+        arrays[side] = arrays[side].astype(float) * length
+    np.savez(tmp_path / "longer.npz", **arrays)
+    report, _, told = evaluate("--features", tmp_path / "unit.npz", tmp_path / "longer.npz")
+    one, other = (result["mean"]["mAP"] for result in report["results"])
+    assert one == pytest.approx(other, abs=1e-12)
+    assert ("features are not unit" in told) == (kind != "nearly unit")
+
+
 def test_the_euclidean_distance_is_of_features_as_they_are(images, evaluate, tmp_path):
     """Also far away from 0, where squares of lengths would cancel."""
     arrays, rng = pair(images, None), np.random.default_rng(0)
@@ -249,6 +275,15 @@ def test_methods_are_compared_with_the_first(sysu, images, evaluate, tmp_path):
     lines = out.split("\nprotocol")[1].splitlines()
     assert [line[:3] for line in lines[1:]] == ["A: ", "B: "] * 2
     assert "difference of mAP to A" in lines[0]
+
+
+def test_each_method_s_counts_are_told(images, evaluate, tmp_path):
+    arrays = pair(images, None)
+    np.savez(tmp_path / "a.npz", **arrays)
+    np.savez(tmp_path / "b.npz", **{k: v[1:] if k.startswith("query") else v for k, v in arrays.items()})
+    _, out, _ = evaluate("--features", tmp_path / "a.npz", tmp_path / "b.npz")
+    number = len(arrays["query_label"])
+    assert re.search(rf"file's gallery: {number} queries.*; or {number - 1} queries", out)
 
 
 def test_what_is_not_paired_is_not_subtracted(sysu, images, evaluate, tmp_path):
@@ -302,7 +337,9 @@ def test_what_is_wrong_is_told_in_one_line(sysu, images, evaluate, tmp_path):
     }
     text = by_path | {"visible_pids": by_path["visible_pids"].astype(str)}
     zero = bare["gallery_f"] * (np.arange(len(bare["gallery_f"])) > 0)[:, None]
-    half = bare["query_label"] + 0.5
+    ones = np.ones_like(by_path["visible_features"])
+    multiples = np.outer(bare["gallery_label"], bare["query_f"][0])
+    half, n = bare["query_label"] + 0.5, len(by_path["visible_pids"])
     cases = [
         ("2 features are not finite, for instance of .*query 2", changed(bare, query_f=bad)),
         ("all .* features are equal", changed(bare, query_f=same)),
@@ -320,6 +357,12 @@ def test_what_is_wrong_is_told_in_one_line(sysu, images, evaluate, tmp_path):
         (r"1 of .* images have another id than the dataset's, .*\(id", changed(by_path, visible_pids=other)),
         ("visible_pids must be whole numbers", text),
         ("lacks visible_paths", {k: v for k, v in by_path.items() if k != "visible_paths"}),
+        ("visible_pids for features", changed(by_path, visible_pids=by_path["visible_pids"][5:])),
+        ("visible_features must be floating-point numbers", changed(by_path, visible_features=np.float32(3))),
+        ("query_f must be floating-point numbers", changed(bare, query_f=np.float32(3))),
+        ("visible: all .* equal", changed(by_path, visible_features=ones)),
+        ("gallery: all .* equal", changed(bare, gallery_f=multiples)),
+        ("are there twice", changed(by_path, visible_paths=by_path["visible_paths"][[0, *range(n - 1)]])),
     ]  # fmt: skip
     for number, (message, arrays) in enumerate(cases):
         file = tmp_path / f"case{number}.npz"
@@ -336,6 +379,10 @@ def test_what_is_wrong_is_told_in_one_line(sysu, images, evaluate, tmp_path):
     np.save(tmp_path / "f.npy", bare["query_f"])
     (tmp_path / "list.txt").write_text("cam1/0001/0001.jpg\n")
     (tmp_path / "folder").mkdir()
+    np.savez(tmp_path / "good.npz", **bare)
+    _, first = np.unique([bare["gallery_label"], bare["gallery_cam"]], axis=1, return_index=True)
+    np.savez(tmp_path / "single.npz", **{k: v[first] if k.startswith("g") else v for k, v in bare.items()})
+    np.savez(tmp_path / "llcm.npz", **changed(bare, gallery_cam=np.full(len(bare["gallery_cam"]), 3)))
     for message, *words in (
         ("no such file", tmp_path / "none.npz"),
         ("not a complete .npz", tmp_path / "broken.npz"),
@@ -347,6 +394,28 @@ def test_what_is_wrong_is_told_in_one_line(sysu, images, evaluate, tmp_path):
         ("not a .npz, .mat or .npy", tmp_path / "list.txt"),
         ("SYSU-MM01's MATLAB cells, not regdb", tmp_path / "folder", "--dataset", "regdb"),
         ("--flip", tmp_path / "case0.npz", "--flip"),
+        ("--images .*none.txt: no such file", tmp_path / "f.npy", "--images", tmp_path / "none.txt"),
+        ("--images list.txt: it says what the rows of", tmp_path / "good.npz", "--images", "list.txt"),
+        ("--features .*good.npz: given twice", tmp_path / "good.npz", tmp_path / "good.npz"),
+        ("--amp, --img-h: for networks", tmp_path / "good.npz", "--img_h", "48", "--amp=off"),
+        ("--trial 3: .*holds one query and gallery", tmp_path / "good.npz", "--trial", "3"),
+        ("--galleries published: .*its own gallery", tmp_path / "good.npz", "--galleries", "published"),
+        ("not a gallery of --mode indoor: query cameras", tmp_path / "good.npz", "--mode", "indoor"),
+        ("one gallery image of an id and camera", tmp_path / "single.npz", "--shot", "10"),
+        ("--save-mat: .*does not say which images", tmp_path / "good.npz", "--save-mat", tmp_path / "m"),
+        (
+            "--save-features: .*does not say which",
+            tmp_path / "good.npz",
+            "--save-features",
+            tmp_path / "m.npz",
+        ),
+        (
+            "not LLCM's visible queries in a gallery of infrared",
+            tmp_path / "llcm.npz",
+            "--dataset",
+            "llcm",
+            *LLCM_MODE,
+        ),
     ):
         with pytest.raises(UserError, match=message):
             evaluate("--features", *words, "--data-path", sysu)

@@ -160,6 +160,18 @@ def test_the_map_lies_on_the_garment_in_which_people_differ(part):
     assert similarity_maps(see_patches, blank, blank, features).abs().max() < 1e-6  # nothing of its own
 
 
+def test_a_match_that_is_not_listed_is_the_nearest_that_counts():
+    query = Samples(["q0", "q1"], np.array([1, 2]), np.array([3, 3]), "infrared")
+    gallery = Samples(list("abcde"), np.array([1, 2, 2, 2, 1]), np.array([1, 1, 2, 4, 1]), "visible")
+    angles = {"infrared": [0.0, 1.0], "visible": [0.9, 2.0, 1.0, 1.3, 0.95]}  # c is the nearest, and ignored
+    unit = {m: torch.tensor([[np.cos(a), np.sin(a)] for a in own]) for m, own in angles.items()}
+    protocol = Protocol("sysu", "all")
+    evaluation = Evaluation({(protocol, 0): (query, gallery)})
+    features = Features.of_images({"infrared": query, "visible": gallery}, unit)
+    each = Evaluated("a", Method("a", argparse.Namespace(), [], evaluation, features=features), None)
+    assert [each._nearest_match(protocol, q) for q in (0, 1)] == [0, 3]
+
+
 class Corners(torch.nn.Module):
     """A network that sees an infrared image's first quarter, and a visible one's last."""
 

@@ -25,7 +25,8 @@ from evaluation.methods import Method, find_methods
 from evaluation.protocols import Evaluation, Protocol
 from evaluation.scoring import Features, rerank_title
 from reporting import report as results_report
-from reporting import sprites
+from reporting import rows, sprites
+from reporting.comparing import Listed
 from reporting.evaluated import Evaluated
 from reporting.evaluated import labels as labels_of
 from reporting.report import FIGURES, Findings
@@ -109,13 +110,15 @@ def test_the_numbers_are_those_of_test_py(page, runs, sysu, tmp_path):
         for result in json.loads((tmp_path / "r.json").read_text())["results"]:
             title = "all, single-shot, seeded galleries"
             title += rerank_title(result["rerank"])
-            expected = []
-            for part in ("mean", "std"):
-                numbers = result[part]
-                values = [*(numbers["cmc"][k - 1] for k in (1, 5, 10, 20)), numbers["mAP"], numbers["mINP"]]
-                expected.append([f"{100 * value:.2f}" for value in values])
+            mean, halves = result["mean"], {k: own["half"] for k, own in result["intervals"].items()}
+            values = [*(mean["cmc"][k - 1] for k in (1, 5, 10, 20)), mean["mAP"], mean["mINP"]]
+            expected = [f"{100 * value:.2f}" for value in values]
+            for place, measure in ((0, "rank-1"), (4, "mAP")):
+                expected[place] += f" ±{100 * halves[measure]:.1f}" if halves[measure] else ""
             cells = rows[label, title]
-            assert cells[:6] == [f"{mean} ±{deviation}" for mean, deviation in zip(*expected, strict=True)]
+            assert cells[:6] == expected
+            assert (cells[6] == "") == (label == "best")  # the difference to the first
+            del cells[6:10]
             counts = {
                 name: {own[name] for own in result["counts"].values()} for name in ("queries", "gallery")
             }
@@ -127,8 +130,8 @@ def test_the_page_says_what_the_numbers_stand_on(page, runs):
     text = (page / "index.html").read_text()
     data = data_of(text)
     for row in rows_of(text):
-        assert row[8] == str(len(data["lists"][0]["queries"]))
-        assert row[10] == str(len({data["pids"][q] for q in data["lists"][0]["queries"]}))
+        assert row[12] == str(len(data["lists"][0]["queries"]))
+        assert row[14] == str(len({data["pids"][q] for q in data["lists"][0]["queries"]}))
     for path in runs:
         checkpoint = load_checkpoint(path)
         assert f"epoch {checkpoint['epoch']} of 2; {checkpoint['selection']}" in html.unescape(text)
@@ -239,7 +242,7 @@ def test_bad_input_is_told(report_here, runs, sysu, tmp_path):
         (r"--queries: middling is neither", *good, "--output", "o", "--queries", "middling"),
         (r"--trial 11: SYSU-MM01 has the trials 0 to 9", *good, "--output", "o", "--trial", "11"),
         (r"--log-path .*: no history at", *good, "--output", "o", "--log-path", tmp_path),
-        (r"the same checkpoint twice", "--resume", runs[0], runs[0], "--output", "o"),
+        (r"best.t: given twice", "--resume", runs[0], runs[0], "--output", "o"),
         (r"RegDB not found", *good, "--output", "o", "--dataset", "regdb"),
         (r"--figures: invalid choice: 'pie'", *good, "--output", "o", "--figures", "pie"),
     ):
@@ -508,9 +511,9 @@ def test_a_checkpoint_beside_a_file_with_its_own_gallery(report_here, runs, sysu
     results = json.loads(Path("r.json").read_text())["results"]
     text = Path("out/index.html").read_text()
     rows, labels = rows_of(text), labels_of([runs[0], tmp_path / "own.npz"])
-    for row, result, label, galleries in zip(rows, results, labels, ("seeded", "the file's"), strict=True):
-        assert row[0] == label
-        assert row[1].startswith(f"all, single-shot, {galleries} galler")
+    titles = "single-shot, seeded galleries", "up to 2 images of an id and camera, the file's gallery"
+    for row, result, label, title in zip(rows, results, labels, titles, strict=True):
+        assert row[:2] == [label, f"all, {title}"]
         assert row[6].startswith(f"{100 * result['mean']['mAP']:.2f}")
     assert 'id="side-by-side"' not in text
     lists = data_of(text)["lists"]
@@ -722,6 +725,20 @@ def large(tmp_path_factory):
     results_report.write_page(Findings([evaluated], ["random"]), folder, [], 1)
     patch.undo()
     return folder / "index.html"
+
+
+def test_a_number_has_its_interval_and_no_deviation_over_trials():
+    each = Evaluated("large", everyone(), None)
+    ((protocol, _, _),) = each.method.results
+    (cells,) = rows.result_rows([Listed(protocol, each, None)])
+    jackknife = each.method.results[protocol, False, None].jackknife
+    for column, measure in ((2, "rank-1"), (6, "mAP")):
+        value, half = jackknife.interval(measure)[:2]
+        assert re.sub("<[^>]*>", "", cells[column]) == f"{100 * value:.2f} ±{100 * half:.1f}"
+    assert not any("±" in cell for cell in cells[3:6] + cells[7:])
+    (line,) = rows.sure_rows([each])
+    assert line.startswith("large: all, single-shot, seeded galleries: rank-1 ")
+    assert line.endswith(f"(95 %, {len(jackknife.persons)} persons)")
 
 
 def test_one_identity_has_no_histogram(monkeypatch):

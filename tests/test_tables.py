@@ -62,6 +62,7 @@ def test_further_columns():
         (29, "rank-1 74.8 ± 2.0, mAP 72.0 ± 4.0 (95 %, 29 persons, few persons)"),
         (10, "rank-1 74.8 ± 2.0, mAP 72.0 ± 4.0 (95 %, 10 persons, few persons)"),
         (9, "rank-1 74.8, mAP 72.0 (9 persons: too few for an interval)"),
+        (2, "rank-1 74.8, mAP 72.0 (2 persons: too few for an interval)"),
     ],
 )
 def test_an_interval_in_words(persons, words):

@@ -26,7 +26,7 @@ from evaluation.flags import evaluation_flags
 from evaluation.methods import find_methods
 from reporting.evaluated import Evaluated, labels
 from reporting.learning import history_file, read_history
-from reporting.report import FIGURES, MISSING, Findings, write_figures, write_page
+from reporting.report import FIGURES, Findings, write_figures, write_page
 from utils import Parser, UserError, log, log_to_terminal, run_script
 
 
@@ -82,10 +82,7 @@ def main(command: Sequence[str]) -> None:
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is too small for --test-batch {args.test_batch}") from error
     if args.figures:
-        drawn = write_figures(findings, dict.fromkeys(args.figures), folder)
-        for name in args.figures:
-            if name not in drawn:
-                raise UserError(f"--figures {name}: {MISSING[name]}")
+        drawn = write_figures(findings, dict.fromkeys(args.figures), folder, demanded=True)
         log.info("wrote %s as PNG and PDF in %s", ", ".join(drawn), folder)
     else:
         write_page(findings, folder, list(environment().items()), args.workers)

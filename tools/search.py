@@ -71,7 +71,7 @@ def get_args_parser() -> Parser:
     add(
         "--rerank",
         choices=("aim",),
-        help=f"reorder the {CANDIDATES} nearest (or the N of --top, if more) by affinities to each other",
+        help=f"reorder the {CANDIDATES} nearest by affinities to each other; similarities stay what they are",
     )
     add(
         "--min-similarity", type=cosine, default=-math.inf, metavar="S",
@@ -188,10 +188,10 @@ def save_report(
 def reranked(
     queries: torch.Tensor, gallery: Embeddings, similarities: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What nearest has found, each query's in the order of affinity inference with these as the gallery."""
+    """What nearest has found, each query's first CANDIDATES in the order of affinity inference among them."""
     order = torch.arange(positions.shape[1], device=positions.device).repeat(len(positions), 1)
     for query, row, places in zip(queries, positions, order, strict=True):
-        found = row[row >= 0]
+        found = row[:CANDIDATES][row[:CANDIDATES] >= 0]
         if len(found) > 1:
             rows = F.normalize(gallery.take(found.cpu().numpy()).to(query.device).float())
             distances = affinity_inference(query[None], rows, k1=min(4, len(found)))[0]
@@ -260,6 +260,7 @@ def main(args: argparse.Namespace) -> int:
     number = max(args.top, CANDIDATES) if args.rerank else args.top
     found = nearest(queries, gallery, number, allowed, args.min_similarity)
     if args.rerank:
+        log.info("the order of the first %d is that of %s, not that of similarities", CANDIDATES, args.rerank)
         found = reranked(queries, gallery, *found)
     similarities, positions = (values[:, : args.top].cpu() for values in found)
     results = as_results(paths, own, similarities, positions, gallery)
