@@ -736,7 +736,7 @@ def test_a_number_has_its_interval_and_no_deviation_over_trials():
         value, half = jackknife.interval(measure)[:2]
         assert re.sub("<[^>]*>", "", cells[column]) == f"{100 * value:.2f} ±{100 * half:.1f}"
     assert not any("±" in cell for cell in cells[3:6] + cells[7:])
-    (line,) = rows.sure_rows([each])
+    line = rows.sure_rows([each])[0]
     assert line.startswith("large: all, single-shot, seeded galleries: rank-1 ")
     assert line.endswith(f"(95 %, {len(jackknife.persons)} persons)")
 
