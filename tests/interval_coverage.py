@@ -1,7 +1,7 @@
 """How often 95 % intervals of mAP hold the true value, by what is taken for the sample: docs/how-sure.md.
 
     python -m tests.interval_coverage [--populations 1000]
-    python -m tests.interval_coverage --pairs
+    python -m tests.interval_coverage --pairs 0.1
 
 Test sets of SYSU-MM01's and RegDB's sizes are drawn anew, persons included, so that the mean over all of
 them is the true value. In the crowded ones everybody's queries share a direction, as images of another
@@ -11,6 +11,7 @@ difference not hold 0, and how large a difference would be noticed?
 """
 
 import argparse
+from functools import partial
 
 import numpy as np
 
@@ -27,8 +28,6 @@ KINDS = {  # how far queries go in the direction, the share of gallery persons t
     "a tenth of the gallery near everyone": (0.6, 0.1, 1.0),
     "a twentieth of it very near everyone": (1.0, 0.05, 3.0),
 }
-
-VIEW = 0.1  # how far apart the views of two methods are
 
 
 def crowded(rng: np.random.Generator, trial: Trial, asked: float, share: float, most: float) -> Trial:
@@ -54,11 +53,11 @@ def one(rng: np.random.Generator, trial: Trial, how: tuple) -> list[tuple[float,
     return estimates(*evaluate_with_jackknife(crowded(rng, trial, *how), "regdb"))
 
 
-def pair(rng: np.random.Generator, trial: Trial, how: tuple) -> list[tuple[float, float]]:
+def pair(far: float, rng: np.random.Generator, trial: Trial, how: tuple) -> list[tuple[float, float]]:
     """The estimates of the difference of two methods' mAP, of which neither is better."""
     found = []
     for _ in range(2):
-        view = VIEW * rng.standard_normal((2, 1 + trial.q_pids.max(), trial.query_features.shape[1]))
+        view = far * rng.standard_normal((2, 1 + trial.q_pids.max(), trial.query_features.shape[1]))
         seen = trial._replace(
             query_features=unit(trial.query_features + view[0, trial.q_pids]),
             gallery_features=unit(trial.gallery_features + view[1, trial.g_pids]),
@@ -80,9 +79,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--populations", type=int, default=1000, help="test sets of each kind (1000)")
-    parser.add_argument("--pairs", action="store_true", help="compare two methods of the same worth")
+    far = "compare two methods of the same worth, whose views of a person are so far apart, for example 0.1"
+    parser.add_argument("--pairs", type=float, metavar="VIEW", help=far)
     args, dim = parser.parse_args(), 24
-    measure, share = (pair, type_one_error) if args.pairs else (one, coverage)
+    measure, share = (partial(pair, args.pairs), type_one_error) if args.pairs else (one, coverage)
     print("| test set | persons | per query | per person, gallery kept | **per person** |")
     print("|---|---|---:|---:|---:|")
     for size, shape in list(SIZES.items())[: 1 if args.pairs else None]:
