@@ -281,9 +281,10 @@ def test_each_method_s_counts_are_told(images, evaluate, tmp_path):
     arrays = pair(images, None)
     np.savez(tmp_path / "a.npz", **arrays)
     np.savez(tmp_path / "b.npz", **{k: v[1:] if k.startswith("query") else v for k, v in arrays.items()})
-    _, out, _ = evaluate("--features", tmp_path / "a.npz", tmp_path / "b.npz")
+    report, out, _ = evaluate("--features", tmp_path / "a.npz", tmp_path / "b.npz")
     number = len(arrays["query_label"])
     assert re.search(rf"file's gallery: {number} queries.*; or {number - 1} queries", out)
+    assert [result["std"] for result in report["results"]] == [None, None]  # of one gallery
 
 
 def test_what_is_not_paired_is_not_subtracted(sysu, images, evaluate, tmp_path):

@@ -3,6 +3,7 @@ import pytest
 from scipy.special import stdtrit
 
 from eval_metrics import Metrics
+from evaluation.exports import _intervals
 from evaluation.intervals import Jackknife
 from evaluation.tables import in_words, results_table
 
@@ -74,3 +75,14 @@ def test_an_interval_in_words(persons, words):
     deleted *= np.array([0.04, 0.02]) / stdtrit(persons - 1, 0.975)
     jackknife = Jackknife(tuple(range(persons)), np.array([0.72, 0.748]), deleted, deleted)
     assert in_words(jackknife) == words
+
+
+def test_json_tests_differences_alone():
+    """That a single method's mAP is 0 is no hypothesis of anybody's."""
+    rng = np.random.default_rng(0)
+    jackknife = Jackknife(tuple(range(40)), np.array([0.72, 0.748]), *rng.random((2, 40, 2)))
+    for tested in (True, False):
+        found = _intervals(jackknife, test=tested)["mAP"]
+        assert found["value"] == 0.72
+        assert found["half"] > 0
+        assert (found["p"] is not None) == tested
