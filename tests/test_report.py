@@ -251,6 +251,16 @@ def test_bad_input_is_told(report_here, runs, sysu, tmp_path):
         assert not (tmp_path / "o").exists()
 
 
+def test_a_figure_that_cannot_be_drawn_is_told_before_others_are_written(report_here, runs, sysu):
+    load_test_py().main(
+        ["--resume", str(runs[0]), "--data-path", str(sysu), *MACHINE, "--save-features", "f.npz"]
+    )
+    words = ("--features", "f.npz", "--dataset", "sysu", "--data-path", sysu, "--output", "o")
+    with pytest.raises(UserError, match="--figures maps: features come without the network that made them"):
+        report_here(*words, "--figures", "cmc", "maps")
+    assert not Path("o").exists()
+
+
 # ---- in a browser
 
 in_browser = pytest.mark.skipif(browser.EXECUTABLE is None, reason="Chromium is not installed")
