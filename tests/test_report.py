@@ -20,6 +20,7 @@ import synthetic
 from checkpoints import load_checkpoint, save_checkpoint
 from data_manager import Samples, read_split
 from evaluation.cameras import cameras_of
+from evaluation.exports import save_json
 from evaluation.features import FeatureFile
 from evaluation.methods import Method, find_methods
 from evaluation.protocols import Evaluation, Protocol
@@ -737,7 +738,7 @@ def large(tmp_path_factory):
     return folder / "index.html"
 
 
-def test_a_number_has_its_interval_and_no_deviation_over_trials():
+def test_a_number_has_its_interval_and_no_deviation_over_trials(tmp_path):
     each = Evaluated("large", everyone(), None)
     ((protocol, _, _),) = each.method.results
     (cells,) = rows.result_rows([Listed(protocol, each, None)])
@@ -749,6 +750,10 @@ def test_a_number_has_its_interval_and_no_deviation_over_trials():
     line = rows.sure_rows([each])[0]
     assert line.startswith("large: all, single-shot, seeded galleries: rank-1 ")
     assert line.endswith(f"(95 %, {len(jackknife.persons)} persons)")
+    save_json(tmp_path / "r.json", "cpu", [each.method])
+    (result,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert result["intervals"]["mAP"]["half"] == half
+    assert result["intervals"]["mAP"]["p"] is None  # there is nothing to test
 
 
 def test_one_identity_has_no_histogram(monkeypatch):
