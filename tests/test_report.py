@@ -756,6 +756,19 @@ def test_a_number_has_its_interval_and_no_deviation_over_trials(tmp_path):
     assert result["intervals"]["mAP"]["p"] is None  # there is nothing to test
 
 
+def test_a_list_stands_beside_the_first_one_that_is_re_ranked_alike():
+    method = everyone()
+    method.args.rerank = ["aim"]
+    method.results.clear()
+    method.evaluate(torch.device("cpu"))
+    ((protocol, _, _), _) = method.results
+    pairs = [(label, rerank) for label in "AB" for rerank in (None, "aim")]
+    lists = [Listed(protocol, Evaluated(label, method, None), rerank) for label, rerank in pairs]
+    shown = [cells[:2] for cells in rows.side_by_side(lists)]
+    plain, aim = ("", ", aim re-ranking")
+    assert shown == [["A" + plain, "A" + aim], ["A" + plain, "B" + plain], ["A" + aim, "B" + aim]]
+
+
 def test_one_identity_has_no_histogram(monkeypatch):
     monkeypatch.setattr(Findings, "__init__", lambda self: None)
     findings = Findings()
