@@ -77,7 +77,7 @@ def main(words: Sequence[str]) -> None:
     if args.flip and args.features:
         raise UserError("--flip: files of features hold no mirror images")
     typed = {word.partition("=")[0].replace("_", "-") for word in words}
-    if not args.resume and (idle := typed & {"--runtime", "--img-h", "--img-w", "--amp"}):
+    if args.features and not args.resume and (idle := typed & {"--runtime", "--img-h", "--img-w", "--amp"}):
         raise UserError(f"{', '.join(sorted(idle))}: for networks, and --features has none")
     methods = find_methods(get_args_parser, words, more=bool(args.save_mat))
     refuse_wrong_outputs(args, methods)

@@ -84,7 +84,8 @@ def save_json(
         )
     report = {"checkpoints": [fact for method in methods for fact in method.facts]}
     report |= {"settings": vars(methods[0].args), "versions": versions()}
-    report |= {"device": str(device), "warnings": every_warning(methods), "results": rows}
+    warnings = every_warning(counts_of(method.evaluation) for method in methods)
+    report |= {"device": str(device), "warnings": warnings, "results": rows}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(report, indent=1, default=_plain), encoding="utf-8")
 

@@ -195,7 +195,8 @@ def heading(methods: Sequence[Method]) -> list[str]:
     """What a table's numbers are: dataset, trials; methods, their selection; images, queries; warnings."""
     first = methods[0]
     facts = DATASETS[first.args.dataset]
-    counts = [pair for method in methods for pair in counts_of(method.evaluation).items()]
+    each = [counts_of(method.evaluation) for method in methods]
+    counts = [pair for own in each for pair in own.items()]
     lines = [f"{facts.title}, per cent, {_scope(first)}"]
     for k, method in enumerate(methods):
         lines.append((f"{letter(k)}: " if len(methods) > 1 else "") + _origin(method))
@@ -206,7 +207,7 @@ def heading(methods: Sequence[Method]) -> list[str]:
         lines.append(f"{protocol.row}: {words}")
     if any(rerank == "aim" for method in methods for _, _, rerank in method.results):
         lines.append("aim re-ranking: one query at a time it is the same")
-    return lines + [f"warning: {warning}" for warning in every_warning(methods)] + how_sure(methods)
+    return lines + [f"warning: {warning}" for warning in every_warning(each)] + how_sure(methods)
 
 
 def _scope(method: Method) -> str:
@@ -303,9 +304,8 @@ def counts_of(evaluation: Evaluation) -> dict[tuple[Protocol, int], Counts]:
     return found
 
 
-def every_warning(methods: Sequence[Method]) -> list[str]:
-    """The warnings of all methods, each once."""
-    counts = (counts_of(method.evaluation) for method in methods)
+def every_warning(counts: Iterable[Mapping[tuple[Protocol, int], Counts]]) -> list[str]:
+    """The warnings of several methods, each once; counts: see counts_of."""
     return list(dict.fromkeys(words for own in counts for words in warnings(own)))
 
 

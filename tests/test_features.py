@@ -420,6 +420,8 @@ def test_what_is_wrong_is_told_in_one_line(sysu, images, evaluate, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             evaluate("--features", *words, "--data-path", sysu)
+    with pytest.raises(UserError, match="nothing to evaluate"):  # not that --amp is for networks
+        evaluate("--amp", "off", "--data-path", sysu)
 
 
 def test_other_images_and_ids_are_told_and_not_used(sysu, images, expected, evaluate, tmp_path):
